@@ -1,0 +1,64 @@
+"""What the tests share: small drawn photos, a split of them, and a run trained on it."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from draw_flowers import draw_flower  # noqa: E402
+
+import split_data  # noqa: E402
+import train  # noqa: E402
+
+
+def draw_photos(folder: Path, classes: dict[str, int], kinds: tuple[str, ...] = ()) -> Path:
+    """classes: {name: number of photos}; drawn as `kinds`, or else all as tulips."""
+    for number, (label, n) in enumerate(classes.items()):
+        (folder / label).mkdir(parents=True)
+        for i in range(n):
+            kind = kinds[number] if kinds else "tulips"
+            image = draw_flower(kind, random.Random(f"{label} {i}"), 80, 60)
+            image.save(folder / label / f"{i:02d}.jpg")
+    return folder
+
+
+def error_of(main: Callable[[list[str]], int], *argv: str | Path) -> str:
+    """The one line with which a script refuses; its exit status is not zero."""
+    with pytest.raises(SystemExit) as caught:
+        main([str(arg) for arg in argv])
+    message = caught.value.code  # a string is printed on stderr, and the status is 1
+    assert isinstance(message, str) and message.startswith("error: "), message
+    assert "\n" not in message
+    return message
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """16 drawings: 6 daisies, 5 roses, 5 tulips."""
+    folder = tmp_path_factory.mktemp("photos") / "flowers"
+    classes = {"daisy": 6, "roses": 5, "tulips": 5}
+    return draw_photos(folder, classes, kinds=tuple(classes))
+
+
+@pytest.fixture(scope="session")
+def data(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The drawings split: 13 to train, 3 to val."""
+    output = tmp_path_factory.mktemp("split") / "data"
+    argv = ["--source", str(photos), "--output", str(output), "--val-rate", "0.2"]
+    assert split_data.main(argv) == 0
+    return output
+
+
+@pytest.fixture(scope="session")
+def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of two epochs."""
+    output = tmp_path_factory.mktemp("run")
+    assert train.main(["--data", str(data), "--output", str(output), "--epochs", "2"]) == 0
+    return output

@@ -1,0 +1,164 @@
+"""predict.py: answers, tables, figures and refusals, with the weights of a short run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import error_of
+from PIL import Image
+
+import alexnet
+import predict
+
+
+@pytest.fixture
+def answer(trained, capsys):
+    """A function that runs predict.py on the trained weights: (status, stdout, stderr)."""
+
+    def run(*argv: str | Path) -> tuple[int, str, str]:
+        capsys.readouterr()
+        weights = ["--weights", str(trained / "AlexNet.pth")]
+        status = predict.main([*map(str, argv), *weights])
+        return status, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def photo(data) -> Path:
+    return alexnet.image_files(data / "val")[0]
+
+
+def probabilities_of(trained: Path, photo: Path, views: str) -> dict[str, float]:
+    """The answer worked out anew: reading, views, softmax, mean."""
+    net = alexnet.AlexNet.from_state_dict(torch.load(trained / "AlexNet.pth")).eval()
+    image = alexnet.center_square(alexnet.read_image(photo))
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    image = pixels.reshape(256, 256, 3).permute(2, 0, 1) / 255
+    corners = [(16, 16)]
+    if views == "ten-crop":
+        corners += [(0, 0), (0, 32), (32, 0), (32, 32)]
+    crops = [image[:, y : y + 224, x : x + 224] for y, x in corners]
+    if views == "ten-crop":
+        crops += [crop.flip(2) for crop in crops]
+    with torch.inference_mode():
+        mean = net(torch.stack(crops)).softmax(1).mean(0).tolist()
+    return dict(zip(["daisy", "roses", "tulips"], mean, strict=True))
+
+
+def test_one_photo_is_answered_by_ten_views(answer, trained, photo):
+    status, out, _ = answer(photo, "--no-figure")
+    expected = probabilities_of(trained, photo, "ten-crop")
+    best = max(expected, key=expected.get)
+    assert status == 0
+    assert out.splitlines()[0] == f"class: {best}, probability: {expected[best]:.3f}"
+    found = dict(line.split() for line in out.splitlines()[1:])
+    assert found == {name: f"{p:.3f}" for name, p in expected.items() if name != best}
+
+
+@pytest.mark.parametrize("views", ["ten-crop", "center-crop"])
+def test_json_gives_one_object_a_line(answer, trained, photo, views):
+    status, out, _ = answer(photo, photo, "--json", f"--{views}", "--top-k", "2")
+    lines = [json.loads(line) for line in out.splitlines()]
+    expected = probabilities_of(trained, photo, views)
+    names = sorted(expected, key=expected.get, reverse=True)[:2]
+    assert status == 0 and len(lines) == 2 and lines[0] == lines[1]
+    assert lines[0]["path"] == str(photo) and lines[0]["class"] == names[0]
+    assert [row["class"] for row in lines[0]["top"]] == names
+    for row in lines[0]["top"]:
+        assert row["probability"] == pytest.approx(expected[row["class"]], abs=1e-5)
+
+
+def test_a_folder_gives_a_table_and_the_accuracy(answer, trained, data):
+    status, out, _ = answer(data / "val")
+    files = alexnet.image_files(data / "val")
+    right = 0
+    for path, line in zip(files, out.splitlines(), strict=False):
+        expected = probabilities_of(trained, path, "center-crop")
+        best = max(expected, key=expected.get)
+        right += best == path.parent.name
+        assert line.split()[:3] == [best, f"{expected[best]:.3f}", str(path)]
+    assert status == 0
+    assert out.splitlines()[-1].split() == ["accuracy", f"{right / 3:.4f}", f"({right}", "of", "3)"]
+
+
+def test_a_bad_file_is_named_and_the_others_are_answered(answer, photo, tmp_path):
+    (tmp_path / "text.jpg").write_text("no picture")
+    status, out, err = answer(tmp_path / "text.jpg", photo, tmp_path / "missing.jpg", "--json")
+    assert status == 1
+    assert [json.loads(line)["path"] for line in out.splitlines()] == [str(photo)]
+    for name in ("text.jpg", "missing.jpg"):
+        assert any(x.startswith("error: ") and name in x for x in err.splitlines())
+
+
+def test_without_a_display_the_figure_is_saved(answer, photo, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    status, out, _ = answer(photo)
+    assert status == 0 and "prediction.png" in out
+    status, _, _ = answer(photo, "--save", tmp_path / "figure.pdf")
+    assert status == 0 and (tmp_path / "figure.pdf").read_bytes().startswith(b"%PDF")
+    with Image.open("prediction.png") as image:
+        assert image.width > 500 and len(image.convert("RGB").getcolors(1 << 20)) > 100
+    assert {path.name for path in tmp_path.iterdir()} == {"prediction.png", "figure.pdf"}
+
+
+def test_odd_pictures_are_answered_as_the_plain_one_is(answer, photo, tmp_path):
+    with Image.open(photo) as image:
+        image.save(tmp_path / "plain.png")
+        image.convert("RGBA").save(tmp_path / "alpha.png")
+        image.convert("L").save(tmp_path / "grey.png")
+        image.convert("L").convert("RGB").save(tmp_path / "grey in colour.png")
+        image.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=turned(6))
+    _, out, _ = answer(*sorted(tmp_path.iterdir()), "--json")
+    tops = {Path(x["path"]).stem: x["top"] for x in map(json.loads, out.splitlines())}
+    assert tops["alpha"] == tops["plain"] == tops["turned"]
+    assert tops["grey"] == tops["grey in colour"]
+
+
+def turned(orientation: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return exif
+
+
+def test_weights_that_are_none(trained, photo, tmp_path):
+    weights = tmp_path / "w.pth"
+    options = (photo, "--no-figure", "--weights", weights)
+    shutil.copyfile(trained / "class_idx.json", tmp_path / "class_idx.json")
+    assert "no such file" in error_of(predict.main, *options)
+    whole = (trained / "AlexNet.pth").read_bytes()
+    for content in (b"", b"not weights", whole[: len(whole) // 2], whole[:-30]):
+        weights.write_bytes(content)
+        assert str(weights) in error_of(predict.main, *options)
+    torch.save(torch.nn.Linear(2, 2).state_dict(), weights)
+    error_of(predict.main, *options)
+    torch.save([1, 2], weights)
+    error_of(predict.main, *options)
+    state = torch.load(trained / "AlexNet.pth")
+    state["classifier.6.bias"][0] = float("nan")
+    torch.save(state, weights)
+    assert "numbers" in error_of(predict.main, *options)
+
+
+@pytest.mark.parametrize(
+    "content", ['{"0": "a", "1": "b"}', "[]", "", '{"0": "a", "1": "b", "3": "c"}', "[[1", "3"]
+)
+def test_a_class_list_that_does_not_fit(trained, photo, tmp_path, content):
+    classes = tmp_path / "class_idx.json"
+    classes.write_text(content)
+    options = ("--weights", trained / "AlexNet.pth", "--classes", classes)
+    assert str(classes) in error_of(predict.main, photo, *options)
+    assert str(tmp_path / "none") in error_of(
+        predict.main, photo, *options[:2], "--classes", tmp_path / "none"
+    )
+
+
+def test_a_folder_without_pictures(trained, tmp_path):
+    (tmp_path / "empty").mkdir()
+    options = ("--weights", trained / "AlexNet.pth")
+    assert str(tmp_path / "empty") in error_of(predict.main, tmp_path / "empty", *options)

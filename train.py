@@ -1,0 +1,797 @@
+"""Train AlexNet from scratch on data/train, watch it on data/val, keep the best weights.
+
+    python train.py                                   # 90 epochs at most; Ctrl-C stops it
+    python train.py --resume                          # goes on after the last whole epoch
+    python train.py --data my_data --output my_run --epochs 30 --batch-size 128
+
+Writes into --output: AlexNet.pth (the best epoch's weights), class_idx.json, history.csv,
+curves.png, last.pt (what --resume needs), and at the end run.json and kernels.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import itertools
+import json
+import math
+import os
+import platform
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+from torch.nn import functional as F
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torchvision.utils import make_grid
+from tqdm import tqdm
+
+from alexnet import (
+    CROP_SIZE,
+    IMAGE_SIZE,
+    VIEWS,
+    AlexNet,
+    InputError,
+    center_square,
+    describe,
+    image_files,
+    load_tensors,
+    photos_at_once,
+    pick_device,
+    predict_probabilities,
+    read_image,
+    replacing,
+    setup_console,
+    to_float,
+)
+
+WARMUP_EPOCHS = 3  # the learning rate rises to --lr over these
+LR_FACTOR = 0.1  # section 5: divided by 10 when the validation error stops improving,
+MAX_LR_DROPS = 3  # and three times in all
+COLOR_NOISE = 0.1  # section 4.1: standard deviation of the random weights
+ASPECT_RATIOS = (3 / 4, 4 / 3)  # of the random crops
+CHECK_EVERY = 20  # batches between two looks at the loss, each of which waits for the device
+# What --resume takes from last.pt; everything else comes from the command line.
+RUN_OPTIONS = (
+    *("batch_size", "accumulate", "lr", "momentum", "weight_decay", "patience"),
+    *("crop_area", "groups", "seed"),
+)
+
+
+def main(argv: list[str] | None = None) -> int:
+    setup_console()
+    args = parse_args(argv)
+    try:
+        train(args)
+    except InputError as error:
+        raise SystemExit(f"error: {error}") from error
+    except OSError as error:
+        raise SystemExit(f"error: {describe(error)}") from error
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise SystemExit(
+            f"error: out of memory at --batch-size {args.batch_size} --accumulate "
+            f"{args.accumulate}; a larger --accumulate computes the same batch in smaller pieces"
+        ) from error
+    except KeyboardInterrupt:
+        saved = (args.output / "last.pt").exists()
+        how = "--resume goes on after the last whole epoch" if saved else "no epoch was whole yet"
+        print(f"\nstopped; {how}", file=sys.stderr)
+        return 130
+    return 0
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    words = ("can't allocate memory", "not enough memory")  # of the CPU's allocator
+    known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    return known or any(word in str(error) for word in words)
+
+
+def train(args: argparse.Namespace) -> None:
+    device = pick_device(args.device)
+    precision = pick_precision(args.precision, device)
+    checkpoint = open_checkpoint(args)
+    train_set = pack(args.data / "train", args.output)
+    val_set = pack(args.data / "val", args.output, train_set.classes)
+    run = make_run(args, train_set, val_set, device, precision)
+    if checkpoint:
+        load_checkpoint(run, checkpoint)
+    print_facts(run)
+    if run.has_ended():
+        print(f"nothing left to do: the run has ended after epoch {len(run.history)}")
+    else:
+        prepare_output(run)
+        print_header()
+    while not run.has_ended():
+        run_epoch(run)
+        save_epoch(run)
+        print_epoch(run)
+    if not (args.output / "run.json").exists():
+        report(run)
+
+
+# ------------------------------------------------------------------------------- precision
+
+
+def pick_precision(name: str, device: torch.device) -> torch.dtype:
+    """The type of the matrix products: bfloat16 where it is native, unless told otherwise."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if native else torch.float16
+    if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):
+        has = torch.cpu.get_capabilities()
+        if has.get("avx512_bf16") or has.get("amx_bf16") or has.get("bf16"):
+            return torch.bfloat16
+    return torch.float32
+
+
+# ------------------------------------------------------------------------------- the photos
+
+
+@dataclass
+class Pack:
+    """A folder of photos, decoded, in a file that is mapped into memory rather than read."""
+
+    photos: np.ndarray  # uint8 (N, 256, 256, 3)
+    labels: Tensor  # int64 (N,), indices into classes
+    classes: list[str]
+    mean: Tensor  # float32 (3,), of the RGB values in 0..1
+    covariance: Tensor  # float32 (3, 3)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def counts(self) -> list[int]:
+        """Photos of each class."""
+        return torch.bincount(self.labels, minlength=len(self.classes)).tolist()
+
+    def largest_share(self) -> float:
+        """The accuracy of always answering the largest class."""
+        return max(self.counts()) / len(self)
+
+
+def pack(folder: Path, output: Path, classes: list[str] | None = None) -> Pack:
+    """The photos folder/CLASS/*, decoded once into folder.npy (in `output` if that can't be).
+
+    `classes` are the training set's, among which the photos' own must be. Raises InputError.
+    """
+    if not folder.is_dir():
+        raise InputError(f"there is no folder {folder}; run split_data.py first, or give --data")
+    files = [path for path in image_files(folder) if path.parent != folder]
+    names = [path.relative_to(folder).as_posix() for path in files]
+    own_classes = sorted({name.split("/")[0] for name in names})
+    if len(own_classes) < (1 if classes else 2):
+        raise InputError(f"{folder} holds photos of {len(own_classes)} classes, which is too few")
+    classes = classes or own_classes
+    if unknown := set(own_classes) - set(classes):
+        raise InputError(f"{folder} has a class that train lacks: {', '.join(sorted(unknown))}")
+    stats = [path.stat() for path in files]
+    facts = [[n, s.st_size, s.st_mtime_ns] for n, s in zip(names, stats, strict=True)]
+    places = [place / f"{folder.name}.npy" for place in (folder.parent, output)]
+    found = [place for place in places if read_record(place).get("files") == facts]
+    array = found[0] if found else make_pack(files, facts, places)
+    record = read_record(array)
+    return Pack(
+        photos=np.load(array, mmap_mode="r"),
+        labels=torch.tensor([classes.index(name.split("/")[0]) for name in names]),
+        classes=classes,
+        mean=torch.tensor(record["mean"]),
+        covariance=torch.tensor(record["covariance"]),
+    )
+
+
+def read_record(array: Path) -> dict[str, Any]:
+    """What the pack `array` was made from; empty if it is not whole."""
+    try:
+        record = json.loads(array.with_suffix(".json").read_text(encoding="utf-8"))
+        shape = (len(record["files"]), IMAGE_SIZE, IMAGE_SIZE, 3)
+        return record if np.load(array, mmap_mode="r").shape == shape else {}
+    except (OSError, ValueError, KeyError, TypeError, EOFError):
+        return {}
+
+
+def make_pack(files: list[Path], facts: list[list], places: list[Path]) -> Path:
+    """Write the pack to the first of `places` whose folder can be written; returns that place."""
+    array = places[0]
+    if not can_write(array.parent):
+        array = places[1]
+        print(f"{places[0].parent} cannot be written to, so the packed photos go to {array}")
+        array.parent.mkdir(parents=True, exist_ok=True)
+    # An array without its record counts for nothing, so the record goes first and comes last.
+    array.with_suffix(".json").unlink(missing_ok=True)
+    with replacing(array) as file:
+        total, products = write_photos(file, files, array)
+    n = len(files) * IMAGE_SIZE**2
+    mean = total / n
+    covariance = products / n - np.outer(mean, mean)
+    scaled = {"mean": (mean / 255).tolist(), "covariance": (covariance / 255**2).tolist()}
+    write_text(array.with_suffix(".json"), json.dumps({"files": facts} | scaled))
+    return array
+
+
+def can_write(folder: Path) -> bool:
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
+
+
+def write_photos(file: Any, files: list[Path], array: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Decode on all cores and write in order; returns the sums of RGB and of their products.
+
+    The sums are of integers below 2^53 in float64, so exact, whatever the order.
+    """
+
+    def decode(path: Path) -> tuple[bytes, np.ndarray, np.ndarray]:
+        pixels = np.asarray(center_square(read_image(path)))
+        values = pixels.reshape(-1, 3).astype(np.float64)
+        return pixels.tobytes(), values.sum(0), values.T @ values
+
+    shape = (len(files), IMAGE_SIZE, IMAGE_SIZE, 3)
+    np.lib.format.write_array_header_1_0(
+        file, {"descr": "|u1", "fortran_order": False, "shape": shape}
+    )
+    total, products = np.zeros(3), np.zeros((3, 3))
+    with (
+        ThreadPoolExecutor(os.cpu_count()) as threads,
+        tqdm(total=len(files), desc=f"packing {array.stem}", unit="photo", disable=None) as bar,
+    ):
+        for start in range(0, len(files), 256):  # no more than these wait to be written
+            for data, photo_total, photo_products in threads.map(
+                decode, files[start : start + 256]
+            ):
+                file.write(data)
+                total += photo_total
+                products += photo_products
+                bar.update()
+    return total, products
+
+
+# ------------------------------------------------------------------- augmentation (section 4.1)
+
+
+@dataclass
+class Draws:
+    """All that is random in the input of one epoch, for n photos in the order of their turn."""
+
+    order: Tensor  # int64 (n,), indices of photos
+    boxes: Tensor  # float32 (n, 4): left, top, width, height of the crop, in pixels of 256
+    flips: Tensor  # bool (n,)
+    noise: Tensor  # float32 (n, 3), added to RGB in 0..1
+
+
+def draw_epoch(train_set: Pack, seed: int, epoch: int, crop_area: float) -> Draws:
+    """Draw from a generator that (seed, epoch) alone determine, so resuming needs no state."""
+    n = len(train_set)
+    generator = torch.Generator().manual_seed(epoch_seed(seed, epoch))
+    return Draws(
+        order=torch.randperm(n, generator=generator),
+        boxes=draw_boxes(n, crop_area, generator),
+        flips=torch.rand(n, generator=generator) < 0.5,
+        noise=draw_color_noise(n, train_set.covariance, generator),
+    )
+
+
+def epoch_seed(seed: int, epoch: int) -> int:
+    return seed * 1_000_000 + epoch
+
+
+def draw_boxes(n: int, crop_area: float, generator: torch.Generator) -> Tensor:
+    """Crops of the 256 square, (n, 4): area from crop_area to 1 of it, aspect 3/4 to 4/3.
+
+    crop_area = 0 draws the paper's: a 224 square at one of 33 x 33 places.
+    """
+    if not crop_area:
+        corners = torch.randint(IMAGE_SIZE - CROP_SIZE + 1, (n, 2), generator=generator).float()
+        return torch.cat([corners, torch.full((n, 2), float(CROP_SIZE))], dim=1)
+    tries = 10
+    low, high = (math.log(ratio) for ratio in ASPECT_RATIOS)
+    area = torch.empty(n, tries).uniform_(crop_area, 1, generator=generator) * IMAGE_SIZE**2
+    aspect = torch.empty(n, tries).uniform_(low, high, generator=generator).exp()
+    sizes = torch.stack([(area * aspect).sqrt(), (area / aspect).sqrt()], dim=2)  # width, height
+    fits = (sizes <= IMAGE_SIZE).all(2)
+    first = fits.float().argmax(1)
+    chosen = sizes[torch.arange(n), first]
+    chosen[~fits.any(1)] = IMAGE_SIZE
+    corners = torch.rand(n, 2, generator=generator) * (IMAGE_SIZE - chosen)
+    return torch.cat([corners, chosen], dim=1)
+
+
+def draw_color_noise(n: int, covariance: Tensor, generator: torch.Generator) -> Tensor:
+    """Shifts of RGB along the principal components p_i of the training set's pixels, (n, 3).
+
+    Their size is a_i * sqrt(lambda_i), a_i from N(0, 0.1), as in the 2012 source: 7 of 255 grey
+    levels or so. The paper prints a_i * lambda_i, which depends on the scale of the pixels.
+    """
+    eigenvalues, eigenvectors = torch.linalg.eigh(covariance.double())
+    axes = (eigenvectors * eigenvalues.clamp(min=0).sqrt()).float()  # columns
+    return COLOR_NOISE * torch.randn(n, 3, generator=generator) @ axes.T
+
+
+def augment(images: Tensor, boxes: Tensor, flips: Tensor, noise: Tensor) -> Tensor:
+    """Cut, scale to 224, flip and shift in colour a batch (N, 3, 256, 256) on its device."""
+    left, top, width, height = boxes.T / IMAGE_SIZE
+    theta = torch.zeros(len(images), 2, 3, device=images.device)  # output to input, both in -1..1
+    theta[:, 0, 0] = torch.where(flips, -width, width)
+    theta[:, 0, 2] = 2 * left + width - 1
+    theta[:, 1, 1] = height
+    theta[:, 1, 2] = 2 * top + height - 1
+    size = [len(images), 3, CROP_SIZE, CROP_SIZE]
+    grid = F.affine_grid(theta, size, align_corners=False)
+    crops = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+    return crops + noise[:, :, None, None]
+
+
+def make_batch(
+    train_set: Pack, draws: Draws, rows: Tensor, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """The images (n, 3, 224, 224) in 0..1 and labels (n,) of some rows of the epoch's draws."""
+    order = draws.order[rows]
+    photos = torch.from_numpy(train_set.photos[order.numpy()])
+    if device.type == "cuda":
+        photos = photos.pin_memory()  # else the copy would wait for the device
+    images = to_float(photos.to(device, non_blocking=True))
+    parts = [part[rows].to(device) for part in (draws.boxes, draws.flips, draws.noise)]
+    return augment(images, *parts), train_set.labels[order].to(device)
+
+
+# ------------------------------------------------------------------------ training (section 5)
+
+
+@dataclass
+class Run:
+    """A training run, as it stands between two epochs."""
+
+    args: argparse.Namespace
+    train_set: Pack
+    val_set: Pack
+    device: torch.device
+    precision: torch.dtype
+    net: AlexNet
+    optimizer: torch.optim.SGD
+    scheduler: ReduceLROnPlateau
+    scaler: torch.amp.GradScaler
+    history: list[dict[str, float]] = field(default_factory=list)  # a row an epoch
+
+    @property
+    def lr(self) -> float:
+        return self.optimizer.param_groups[0]["lr"]
+
+    def autocast(self) -> torch.autocast:
+        enabled = self.precision != torch.float32
+        return torch.autocast(self.device.type, self.precision, enabled=enabled)
+
+    def best(self) -> dict[str, float]:
+        """The row of the best epoch: highest validation accuracy, the lower loss of equal ones."""
+        return max(self.history, key=lambda row: (row["val_accuracy"], -row["val_loss"]))
+
+    def has_ended(self) -> bool:
+        """Whether all epochs are done, or another drop of the learning rate would be due."""
+        epochs = len(self.history)
+        drops = round(math.log(self.lr / self.args.lr, LR_FACTOR)) if epochs >= WARMUP_EPOCHS else 0
+        return epochs >= self.args.epochs or drops > MAX_LR_DROPS
+
+
+def make_run(
+    args: argparse.Namespace,
+    train_set: Pack,
+    val_set: Pack,
+    device: torch.device,
+    precision: torch.dtype,
+) -> Run:
+    """A run at its start."""
+    torch.manual_seed(args.seed)
+    net = AlexNet(len(train_set.classes), args.groups)
+    net.mean.copy_(train_set.mean[:, None, None])
+    net.std.copy_(train_set.covariance.diagonal().sqrt()[:, None, None])
+    net.to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(
+        net.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay, fused=True
+    )
+    scheduler = ReduceLROnPlateau(optimizer, factor=LR_FACTOR, patience=args.patience, eps=0)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
+    return Run(args, train_set, val_set, device, precision, net, optimizer, scheduler, scaler)
+
+
+def run_epoch(run: Run) -> None:
+    """Train, evaluate, lower the learning rate if it is time to."""
+    epoch = len(run.history) + 1
+    start = time.perf_counter()
+    train_loss, train_accuracy = train_one_epoch(run, epoch)
+    train_seconds = time.perf_counter() - start
+    val_loss, val_accuracy = evaluate(run, "center-crop")
+    run.history.append(
+        {
+            "epoch": epoch,
+            "lr": run.lr,
+            "train_loss": train_loss,
+            "train_accuracy": train_accuracy,
+            "val_loss": val_loss,
+            "val_accuracy": val_accuracy,
+            "seconds": time.perf_counter() - start,
+            "images_per_second": len(run.train_set) / train_seconds,
+        }
+    )
+    # While a net answers the largest class alone its epochs tie, and a tie counts as a bad epoch:
+    # the learning rate would be lowered just where it is needed.
+    has_left_plateau = run.best()["val_accuracy"] > run.val_set.largest_share()
+    if epoch > WARMUP_EPOCHS and has_left_plateau:
+        run.scheduler.step(val_loss)
+
+
+def train_one_epoch(run: Run, epoch: int) -> tuple[float, float]:
+    """One pass over the training set; returns its mean loss and accuracy, in training mode."""
+    args, n = run.args, len(run.train_set)
+    draws = draw_epoch(run.train_set, args.seed, epoch, args.crop_area)
+    torch.manual_seed(epoch_seed(args.seed, epoch))  # for dropout
+    run.net.train()
+    batches = torch.arange(n).split(args.batch_size)
+    totals = torch.zeros(2, device=run.device)  # loss and right answers, summed over photos
+    with tqdm(total=n, desc=f"epoch {epoch}", unit="image", leave=False, disable=None) as bar:
+        for number, batch in enumerate(batches, start=1):
+            if epoch <= WARMUP_EPOCHS:
+                warm = (epoch - 1 + number / len(batches)) / WARMUP_EPOCHS
+                run.optimizer.param_groups[0]["lr"] = args.lr * warm
+            totals += train_one_batch(run, draws, batch)
+            bar.update(len(batch))
+            if number % CHECK_EVERY == 0 or number == len(batches):
+                seen = min(number * args.batch_size, n)
+                loss, accuracy = (totals / seen).tolist()
+                if not math.isfinite(loss):
+                    raise InputError(
+                        f"the loss is no longer a number in epoch {epoch}, batch {number}, at the "
+                        f"learning rate {run.lr:g}; start again with a lower --lr"
+                    )
+                bar.set_postfix(loss=f"{loss:.3f}", accuracy=f"{accuracy:.3f}")
+    return loss, accuracy
+
+
+def train_one_batch(run: Run, draws: Draws, batch: Tensor) -> Tensor:
+    """A step of SGD on some rows of the draws; returns (loss, right answers), summed."""
+    totals = torch.zeros(2, device=run.device)
+    for piece in batch.chunk(run.args.accumulate):
+        images, labels = make_batch(run.train_set, draws, piece, run.device)
+        with run.autocast():
+            logits = run.net(images)
+            loss = F.cross_entropy(logits, labels, reduction="sum")
+        # Summed over the piece and divided by the batch: pieces add up to the batch's gradient.
+        run.scaler.scale(loss / len(batch)).backward()
+        totals += torch.stack([loss.detach(), (logits.argmax(1) == labels).sum()])
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    run.optimizer.zero_grad()
+    return totals
+
+
+def evaluate(run: Run, views: str) -> tuple[float, float]:
+    """Loss and accuracy on the validation set, by the mean of the views' probabilities."""
+    run.net.eval()
+    totals = torch.zeros(2, device=run.device)
+    rows = torch.arange(len(run.val_set)).split(photos_at_once(views))
+    for batch in tqdm(rows, desc=f"evaluating, {views}", leave=False, disable=None):
+        photos = torch.from_numpy(run.val_set.photos[batch.numpy()]).to(run.device)
+        labels = run.val_set.labels[batch].to(run.device)
+        with run.autocast():
+            probabilities = predict_probabilities(run.net, to_float(photos), views)
+        loss = F.nll_loss(probabilities.clamp(min=1e-12).log(), labels, reduction="sum")
+        totals += torch.stack([loss, (probabilities.argmax(1) == labels).sum()])
+    loss, accuracy = (totals / len(run.val_set)).tolist()
+    if not math.isfinite(loss):
+        raise InputError("the validation loss is not a number; start again with a lower --lr")
+    return loss, accuracy
+
+
+# ------------------------------------------------------------------------------- files
+
+
+def open_checkpoint(args: argparse.Namespace) -> dict[str, Any] | None:
+    """last.pt, if --resume asks for it; its options replace those of the command line.
+
+    Raises InputError where there is none, or where a fresh run would replace an earlier one.
+    """
+    last, best = args.output / "last.pt", args.output / "AlexNet.pth"
+    if not args.resume:
+        if not args.overwrite and (last.exists() or best.exists()):
+            raise InputError(
+                f"{args.output} holds an earlier run; --resume goes on with it, --output writes "
+                "elsewhere, --overwrite replaces it"
+            )
+        return None
+    if not last.exists():
+        raise InputError(f"there is no {last} to go on with; run without --resume")
+    checkpoint = load_tensors(last, mmap=False)
+    parts = {"options", "classes", "net", "optimizer", "scheduler", "scaler", "history"}
+    if parts - set(checkpoint) or set(RUN_OPTIONS) - set(checkpoint["options"]):
+        raise InputError(f"{last} is no checkpoint of train.py")
+    for name in RUN_OPTIONS:
+        given, saved = getattr(args, name), checkpoint["options"][name]
+        if given not in (saved, args.defaults[name]):
+            raise InputError(
+                f"{last} is of a run with --{name.replace('_', '-')} {saved}, not {given}; leave "
+                "the option out, or start another run with another --output"
+            )
+        setattr(args, name, saved)
+    return checkpoint
+
+
+def load_checkpoint(run: Run, checkpoint: dict[str, Any]) -> None:
+    """Set a run to where the checkpoint left it; raises InputError if it does not fit."""
+    last = run.args.output / "last.pt"
+    if checkpoint["classes"] != run.train_set.classes:
+        raise InputError(
+            f"{last} is of a run with other classes than {run.args.data} has "
+            f"({', '.join(checkpoint['classes'])}); give its own --data, or another --output"
+        )
+    try:
+        run.net.load_state_dict(checkpoint["net"])
+        run.optimizer.load_state_dict(checkpoint["optimizer"])
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise InputError(f"{last} is of another network; start again with --overwrite") from error
+    run.scheduler.load_state_dict(checkpoint["scheduler"])
+    if run.scaler.is_enabled() and checkpoint["scaler"]:
+        run.scaler.load_state_dict(checkpoint["scaler"])
+    run.history = checkpoint["history"]
+
+
+def prepare_output(run: Run) -> None:
+    """Make sure that the run's files have room; take away what belongs to an earlier run."""
+    output = run.args.output
+    output.mkdir(parents=True, exist_ok=True)
+    if run.args.overwrite:  # an old network must not meet a new list of classes
+        for name in ("last.pt", "AlexNet.pth"):
+            (output / name).unlink(missing_ok=True)
+    (output / "run.json").unlink(missing_ok=True)
+    old = [path for path in (output / "last.pt", output / "AlexNet.pth") if path.exists()]
+    there = sum(path.stat().st_size for path in old)
+    free = shutil.disk_usage(output).free
+    if free < disk_needed(run) - there:
+        raise InputError(
+            f"{output} has {free / 1e9:.1f} GB free, and the run needs {disk_needed(run) / 1e9:.1f}"
+        )
+    index = {str(i): label for i, label in enumerate(run.train_set.classes)}
+    write_text(output / "class_idx.json", json.dumps(index, indent=1, ensure_ascii=False))
+
+
+def disk_needed(run: Run) -> int:
+    """Bytes: AlexNet.pth, last.pt (weights and momentum), and last.pt again while replaced."""
+    return (1 + 2 + 2) * 4 * sum(p.numel() for p in run.net.parameters())
+
+
+def save_epoch(run: Run) -> None:
+    """Write the files of an epoch; last.pt, from which all others can be put right, comes last."""
+    output = run.args.output
+    if run.best() is run.history[-1]:
+        save_tensors(output / "AlexNet.pth", run.net.state_dict())
+    with replacing(output / "curves.png") as file:
+        draw_curves(run.history, run.val_set.largest_share()).savefig(file, format="png")
+    write_text(output / "history.csv", history_text(run.history))
+    checkpoint = {
+        "options": {name: getattr(run.args, name) for name in RUN_OPTIONS},
+        "classes": run.train_set.classes,
+        "net": run.net.state_dict(),
+        "optimizer": run.optimizer.state_dict(),
+        "scheduler": run.scheduler.state_dict(),
+        "scaler": run.scaler.state_dict(),
+        "history": run.history,
+    }
+    save_tensors(output / "last.pt", checkpoint)
+
+
+def save_tensors(path: Path, content: dict[str, Any]) -> None:
+    with replacing(path) as file:
+        torch.save(content, file)
+
+
+def write_text(path: Path, text: str) -> None:
+    with replacing(path) as file:
+        file.write(text.encode())
+
+
+def history_text(history: list[dict[str, float]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, history[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({name: f"{value:.6g}" for name, value in row.items()} for row in history)
+    return text.getvalue()
+
+
+def draw_curves(history: list[dict[str, float]], largest_share: float) -> Figure:
+    """Loss and accuracy of both sets by epoch."""
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    epochs = [row["epoch"] for row in history]
+    for axis, name in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
+        for side in ("train", "val"):
+            axis.plot(epochs, [row[f"{side}_{name}"] for row in history], label=side, marker=".")
+        if name == "accuracy":
+            axis.axhline(largest_share, color="gray", linestyle=":", label="largest class alone")
+        for before, after in itertools.pairwise(history):
+            if after["lr"] < before["lr"]:
+                axis.axvline(before["epoch"] + 0.5, color="gray", linewidth=0.8)
+        axis.set(xlabel="epoch", title=name)
+        axis.grid(alpha=0.3)
+        axis.legend()
+    return figure
+
+
+def report(run: Run) -> None:
+    """Evaluate the best weights once more, by both kinds of views; write run.json, kernels.png."""
+    output, best = run.args.output, run.best()
+    run.net.load_state_dict(load_tensors(output / "AlexNet.pth", mmap=False))
+    accuracy = {views: evaluate(run, views)[1] for views in VIEWS}
+    with replacing(output / "kernels.png") as file:
+        draw_kernels(run.net).savefig(file, format="png")
+    facts = {
+        "options": {name: getattr(run.args, name) for name in RUN_OPTIONS},
+        "classes": run.train_set.classes,
+        "photos": {"train": run.train_set.counts(), "val": run.val_set.counts()},
+        "epochs": len(run.history),
+        "best_epoch": best["epoch"],
+        "val_accuracy": accuracy,
+        "seconds": sum(row["seconds"] for row in run.history),
+        "hardware": hardware(run),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+    }
+    write_text(output / "run.json", json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
+    scores = ", ".join(f"{value:.4f} by {views}" for views, value in accuracy.items())
+    print(f"best epoch on val: {best['epoch']} of {len(run.history)}, accuracy {scores}")
+    print(f"the weights are in {output / 'AlexNet.pth'}; now `python predict.py` a photo")
+
+
+def draw_kernels(net: AlexNet) -> Figure:
+    """The 96 kernels of the first layer, 16 a row, on one common scale (the paper's figure 3)."""
+    grid = make_grid(net.features[1].weight.detach().cpu(), 16, padding=1, normalize=True)
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    axis = figure.subplots()
+    axis.imshow(grid.permute(1, 2, 0).numpy(), interpolation="nearest")
+    axis.set_axis_off()
+    return figure
+
+
+# ------------------------------------------------------------------------------- on the screen
+
+
+def hardware(run: Run) -> str:
+    name = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    if run.device.type != "cpu":
+        cuda = run.device.type == "cuda"
+        name = torch.cuda.get_device_name(run.device) if cuda else run.device.type
+    return f"{name}, {str(run.precision).removeprefix('torch.')}"
+
+
+def print_facts(run: Run) -> None:
+    """Say what is about to happen."""
+    parameters = sum(p.numel() for p in run.net.parameters())
+    steps = math.ceil(len(run.train_set) / run.args.batch_size)
+    print(f"device   {hardware(run)}")
+    for side, photos in (("train", run.train_set), ("val", run.val_set)):
+        counts = [f"{name} {n}" for name, n in zip(photos.classes, photos.counts(), strict=True)]
+        more = [f"... {len(counts)} classes"] if len(counts) > 12 else []
+        print(f"{side:<9}{len(photos):,} photos: {', '.join(counts[:12] + more)}")
+    print(
+        f"         always answering the largest class: accuracy {run.val_set.largest_share():.4f}"
+    )
+    print(f"network  {parameters:,} parameters, {len(run.train_set.classes)} classes")
+    print(f"epochs   {run.args.epochs} at most, {steps} steps of {run.args.batch_size} photos each")
+    print(f"disk     {disk_needed(run) / 1e9:.1f} GB in {run.args.output} at most", flush=True)
+
+
+def print_header() -> None:
+    print("epoch       lr   train loss  accuracy   val loss  accuracy   images/s  seconds")
+
+
+def print_epoch(run: Run) -> None:
+    row = run.history[-1]
+    line = (
+        "{epoch:5} {lr:8.2g}   {train_loss:10.4f}  {train_accuracy:8.4f}   {val_loss:8.4f}  "
+        "{val_accuracy:8.4f}   {images_per_second:8.1f}  {seconds:7.1f}"
+    )
+    print(line.format_map(row) + ("  best" if run.best() is row else ""))
+    left = run.args.epochs - row["epoch"]
+    if row["epoch"] == 1 and left:
+        minutes = round(left * row["seconds"] / 60)
+        print(f"      about {minutes // 60} h {minutes % 60:02} min for the {left} epochs left")
+    sys.stdout.flush()
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    group = parser.add_argument_group("files")
+    group.add_argument(
+        "--data", type=Path, default=Path("data"), help="what split_data.py made (default: data)"
+    )
+    group.add_argument(
+        "--output", type=Path, default=Path(), help="the folder to write into (default: this one)"
+    )
+    group.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with the run in --output; of the options below only --epochs, --device and "
+        "--precision may change",
+    )
+    group.add_argument("--overwrite", action="store_true", help="replace an earlier run there")
+
+    group = parser.add_argument_group("training (in brackets what the paper did)")
+
+    def add(name: str, kind: type, default: Any, text: str, **options: Any) -> None:
+        text += " (default: %(default)s)"
+        group.add_argument(name, type=kind, default=default, help=text, **options)
+
+    add("--epochs", positive_int, 90, "passes over the training set, at most [90]")
+    add("--batch-size", positive_int, 32, "photos a step [128]")
+    add("--accumulate", positive_int, 1, "pieces that a batch is computed in, to save memory")
+    add("--lr", positive_float, 0.01, "learning rate after the warm-up of 3 epochs [0.01]")
+    add("--momentum", fraction, 0.9, "[0.9]")
+    add("--weight-decay", fraction, 5e-4, "[0.0005]")
+    add("--patience", int, 3, "epochs without a lower validation loss before the rate drops")
+    add(
+        "--crop-area",
+        fraction,
+        0.35,
+        "smallest part of the photo that a random crop keeps; 0 for the paper's 224 x 224 of 256",
+    )
+    add(
+        "--groups",
+        int,
+        1,
+        "2 for the connectivity of the paper's two GPUs, 1 for all maps seeing all",
+        choices=(1, 2),
+    )
+    add("--seed", seed, 0, "of weights, order, crops, colours and dropout")
+
+    group = parser.add_argument_group("hardware")
+    add("--device", str, "auto", "cpu, cuda, cuda:1 or mps; auto is the fastest there is")
+    add(
+        "--precision",
+        str,
+        "auto",
+        "of the products; auto is bfloat16 where it is native, else float32 (old cards: float16)",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    args = parser.parse_args(argv)
+    if args.resume and args.overwrite:
+        parser.error("--resume and --overwrite contradict each other")
+    args.defaults = {name: parser.get_default(name) for name in RUN_OPTIONS}
+    return args
+
+
+def positive_int(text: str) -> int:
+    return checked(int(text), lambda value: value >= 1)
+
+
+def positive_float(text: str) -> float:
+    return checked(float(text), lambda value: 0 < value < math.inf)
+
+
+def fraction(text: str) -> float:
+    return checked(float(text), lambda value: 0 <= value < 1)
+
+
+def seed(text: str) -> int:
+    return checked(int(text), lambda value: 0 <= value < 2**32)
+
+
+def checked(value: Any, is_good: Callable[[Any], bool]) -> Any:
+    if not is_good(value):
+        raise ValueError  # argparse names the option and the text
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())
