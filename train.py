@@ -11,7 +11,9 @@ curves.png, last.pt (what --resume needs), and at the end run.json and kernels.p
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
+import ctypes
 import io
 import itertools
 import json
@@ -93,6 +95,17 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def keep_large_blocks() -> None:
+    """Have glibc keep the memory of large tensors, instead of giving it back after each use.
+
+    The kernel maps and zeroes fresh memory page by page, a tenth of a training step on a CPU.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: no block is mapped on its own
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: 2 GB may lie free
+
+
 def is_out_of_memory(error: Exception) -> bool:
     words = ("can't allocate memory", "not enough memory")  # of the CPU's allocator
     known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
@@ -100,6 +113,7 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def train(args: argparse.Namespace) -> None:
+    keep_large_blocks()
     device = pick_device(args.device)
     precision = pick_precision(args.precision, device)
     checkpoint = open_checkpoint(args)
@@ -709,61 +723,39 @@ def print_epoch(run: Run) -> None:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    group = parser.add_argument_group("files")
-    group.add_argument(
-        "--data", type=Path, default=Path("data"), help="what split_data.py made (default: data)"
-    )
-    group.add_argument(
-        "--output", type=Path, default=Path(), help="the folder to write into (default: this one)"
-    )
-    group.add_argument(
-        "--resume",
-        action="store_true",
-        help="go on with the run in --output; of the options below only --epochs, --device and "
-        "--precision may change",
-    )
-    group.add_argument("--overwrite", action="store_true", help="replace an earlier run there")
+    class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+        """Shows the defaults, and leaves the text above as it is."""
 
-    group = parser.add_argument_group("training (in brackets what the paper did)")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
+    count, rate = within(int, 1, 10**9), within(float, 0.0, 1.0)
 
-    def add(name: str, kind: type, default: Any, text: str, **options: Any) -> None:
-        text += " (default: %(default)s)"
-        group.add_argument(name, type=kind, default=default, help=text, **options)
+    add = parser.add_argument_group("files").add_argument
+    add("--data", type=Path, default=Path("data"), help="the folder that split_data.py made")
+    add("--output", type=Path, default=Path(), help="the folder to write into")
+    add("--resume", action="store_true", help="go on with the run in --output, with its options")
+    add("--overwrite", action="store_true", help="replace the run in --output by a new one")
 
-    add("--epochs", positive_int, 90, "passes over the training set, at most [90]")
-    add("--batch-size", positive_int, 32, "photos a step [128]")
-    add("--accumulate", positive_int, 1, "pieces that a batch is computed in, to save memory")
-    add("--lr", positive_float, 0.01, "learning rate after the warm-up of 3 epochs [0.01]")
-    add("--momentum", fraction, 0.9, "[0.9]")
-    add("--weight-decay", fraction, 5e-4, "[0.0005]")
-    add("--patience", int, 3, "epochs without a lower validation loss before the rate drops")
-    add(
-        "--crop-area",
-        fraction,
-        0.35,
-        "smallest part of the photo that a random crop keeps; 0 for the paper's 224 x 224 of 256",
-    )
-    add(
-        "--groups",
-        int,
-        1,
-        "2 for the connectivity of the paper's two GPUs, 1 for all maps seeing all",
-        choices=(1, 2),
-    )
-    add("--seed", seed, 0, "of weights, order, crops, colours and dropout")
+    add = parser.add_argument_group("training, in brackets what the paper did").add_argument
+    add("--epochs", type=count, default=90, help="passes over the training set, at most [90]")
+    add("--batch-size", type=count, default=32, help="photos a step [128]")
+    add("--accumulate", type=count, default=1, help="pieces of a batch, to save memory [1]")
+    add("--lr", type=within(float, 1e-12, 1e12), default=0.01, help="learning rate [0.01]")
+    add("--momentum", type=rate, default=0.9, help="of SGD [0.9]")
+    add("--weight-decay", type=rate, default=0.0005, help="of SGD [0.0005]")
+    patience = "epochs without a lower validation loss before the rate is divided by 10 [by hand]"
+    add("--patience", type=within(int, 0, 10**9), default=3, help=patience)
+    crop = "smallest part of a photo that a random crop keeps; 0: 224 x 224 of 256 x 256 [0]"
+    add("--crop-area", type=rate, default=0.35, help=crop)
+    groups = "2: as on the paper's two GPUs; 1: every map sees all maps below it [2]"
+    add("--groups", type=int, choices=(1, 2), default=1, help=groups)
+    add("--seed", type=within(int, 0, 2**32), default=0, help="of weights, order, crops, dropout")
 
-    group = parser.add_argument_group("hardware")
-    add("--device", str, "auto", "cpu, cuda, cuda:1 or mps; auto is the fastest there is")
-    add(
-        "--precision",
-        str,
-        "auto",
-        "of the products; auto is bfloat16 where it is native, else float32 (old cards: float16)",
-        choices=("auto", "float32", "bfloat16", "float16"),
-    )
+    add = parser.add_argument_group("hardware, which may change when a run resumes").add_argument
+    add("--device", default="auto", help="cpu, cuda, cuda:1, mps, or the fastest that is there")
+    precision = "of the products; auto: bfloat16 where it is native, float16 on older CUDA cards"
+    choices = ("auto", "float32", "bfloat16", "float16")
+    add("--precision", choices=choices, default="auto", help=precision)
+
     args = parser.parse_args(argv)
     if args.resume and args.overwrite:
         parser.error("--resume and --overwrite contradict each other")
@@ -771,26 +763,17 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def positive_int(text: str) -> int:
-    return checked(int(text), lambda value: value >= 1)
+def within(kind: type, low: float, high: float) -> Callable[[str], Any]:
+    """A parser of numbers that refuses those outside low ... high."""
 
+    def parse(text: str) -> Any:
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not within {low:g} to {high:g}")
+        return value
 
-def positive_float(text: str) -> float:
-    return checked(float(text), lambda value: 0 < value < math.inf)
-
-
-def fraction(text: str) -> float:
-    return checked(float(text), lambda value: 0 <= value < 1)
-
-
-def seed(text: str) -> int:
-    return checked(int(text), lambda value: 0 <= value < 2**32)
-
-
-def checked(value: Any, is_good: Callable[[Any], bool]) -> Any:
-    if not is_good(value):
-        raise ValueError  # argparse names the option and the text
-    return value
+    parse.__name__ = kind.__name__  # argparse's word for what is no number
+    return parse
 
 
 if __name__ == "__main__":
