@@ -398,15 +398,12 @@ def layer_table(num_classes: int, groups: int) -> str:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Print the layers of AlexNet.")
-    parser.add_argument("--num-classes", type=int, default=1000, help="(default: %(default)s)")
-    parser.add_argument(
-        "--groups",
-        type=int,
-        choices=(1, 2),
-        default=1,
-        help="2: the connectivity of the paper's two GPUs (default: %(default)s, merged)",
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--num-classes", type=int, default=1000, help="(default: %(default)s)")
+    groups = "2: the connectivity of the paper's two GPUs; 1: merged (default: %(default)s)"
+    parser.add_argument("--groups", type=int, choices=(1, 2), default=1, help=groups)
     args = parser.parse_args(argv)
     if args.num_classes < 1:
         parser.error("--num-classes must be at least 1")

@@ -414,8 +414,10 @@ def make_run(
     net.mean.copy_(train_set.mean[:, None, None])
     net.std.copy_(train_set.covariance.diagonal().sqrt()[:, None, None])
     net.to(device, memory_format=torch.channels_last)
+    # A first step that the scaler skips would leave the momentum of fused SGD uninitialised.
+    fused = precision != torch.float16
     optimizer = torch.optim.SGD(
-        net.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay, fused=True
+        net.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay, fused=fused
     )
     scheduler = ReduceLROnPlateau(optimizer, factor=LR_FACTOR, patience=args.patience, eps=0)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)

@@ -303,8 +303,8 @@ def test_a_step_in_half_precision_goes_where_float32_goes(small_run, precision):
                 parameters = run.net.named_parameters()
                 updates[-1] = torch.cat([(p.detach() - start[n]).flatten() for n, p in parameters])
         assert all(parameter.dtype == torch.float32 for parameter in run.net.parameters())
-    assert torch.cosine_similarity(*updates, dim=0) > 0.99
-    assert updates[1].norm() == pytest.approx(updates[0].norm().item(), rel=0.05)
+    assert torch.cosine_similarity(*updates, dim=0) > 0.98
+    assert updates[1].norm() == pytest.approx(updates[0].norm().item(), rel=0.1)
 
 
 # ------------------------------------------------------------- the learning rate, without training
@@ -393,7 +393,7 @@ def test_resuming_what_does_not_fit(trained, data, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(data, tmp_path):
-    options = ("--data", data, "--output", tmp_path, "--lr", "1e30", "--batch-size", "4")
+    options = ("--data", data, "--output", tmp_path, "--lr", "1e9", "--batch-size", "4")
     message = error_of(train.main, *options)
     assert "--lr" in message and "epoch 1" in message
     assert {path.name for path in tmp_path.iterdir()} == {"class_idx.json"}
