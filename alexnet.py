@@ -286,26 +286,19 @@ def pick_device(name: str) -> torch.device:
         name = "cuda" if cuda else "mps" if mps else "cpu"
     try:
         device = torch.device(name)
-        if device.type == "cuda":
-            check_card(device)
-        torch.empty(1, device=device)
+        torch.ones(1, device=device).add_(1).item()  # fails on a card that torch has no code for
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(f"--device {name} is not there; --device cpu always is") from error
+        if "no kernel image" in str(error):
+            card = torch.cuda.get_device_name(device)
+            raise InputError(
+                f"this torch has no code for your {card}; --device cpu works, and so may a torch "
+                "that was built for an older CUDA"
+            ) from error
+        raise InputError(f"--device {name} cannot be used here; --device cpu can") from error
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True  # most batches have one shape: trying ways pays
+        torch.set_float32_matmul_precision("high")  # TF32
     return device
-
-
-def check_card(device: torch.device) -> None:
-    """Refuse a CUDA card that this torch has no code for; set up any other."""
-    major, minor = torch.cuda.get_device_capability(device)
-    codes = torch.cuda.get_arch_list()  # such as sm_75, which runs on 7.5 to 7.9
-    if not any(code.startswith(f"sm_{major}") and int(code[-1]) <= minor for code in codes):
-        raise InputError(
-            f"this torch has no code for {torch.cuda.get_device_name(device)} (compute capability "
-            f"{major}.{minor}; it has {' '.join(codes)}); take --device cpu, or install a torch "
-            "that was built for an older CUDA"
-        )
-    torch.backends.cudnn.benchmark = True  # every batch has one shape: trying all ways pays
-    torch.set_float32_matmul_precision("high")  # TF32
 
 
 def setup_console() -> None:

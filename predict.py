@@ -66,7 +66,10 @@ def run(args: argparse.Namespace) -> int:
     net, classes = load_network(args.weights, args.classes)
     net.to(device, memory_format=torch.channels_last).eval()
     files = find_files(args.photos)
-    views = args.views or ("center-crop" if len(files) > len(args.photos) else "ten-crop")
+    if args.save and len(files) > 1:
+        raise InputError(f"--save draws one photo, and {len(files)} were given")
+    any_folder = any(path.is_dir() for path in args.photos)
+    views = args.views or ("center-crop" if any_folder else "ten-crop")
     predictions = []
     for prediction in predict(net, classes, files, views, args.top_k):
         predictions.append(prediction)
@@ -74,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
             print_json(prediction)
     if not args.json:
         print_answers(predictions, classes)
-    if predictions and not args.no_figure and (len(files) == 1 or args.save):
+    if predictions and len(files) == 1 and not args.no_figure and (args.save or not args.json):
         show(predictions[0], args.save)
     return 0 if len(predictions) == len(files) else 1
 
@@ -133,7 +136,7 @@ def predict(
                     best = row.topk(min(top_k, len(classes)))
                     top = [
                         (classes[i], p)
-                        for i, p in zip(best.indices, best.values.tolist(), strict=False)
+                        for i, p in zip(best.indices.tolist(), best.values.tolist(), strict=True)
                     ]
                     folder = path.absolute().parent.name
                     yield Prediction(path, top, folder if folder in classes else None)
@@ -200,8 +203,8 @@ def show(prediction: Prediction, save: Path | None) -> None:
     figure = Figure(figsize=(9, 4), layout="constrained")
     draw_prediction(figure, prediction)
     with replacing(save) as file:
-        figure.savefig(file, format=save.suffix[1:] or "png", dpi=100)
-    print(f"the figure is in {save}")
+        figure.savefig(file, format=save.suffix[1:], dpi=100)
+    print(f"the figure is in {save}", file=sys.stderr)
 
 
 def draw_prediction(figure: Figure, prediction: Prediction) -> None:  # noqa: F821
@@ -254,16 +257,19 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--device", default="auto", help="cpu, cuda, cuda:1, mps (default: the fastest there is)"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object a line")
-    parser.add_argument(
+    figure = parser.add_mutually_exclusive_group()
+    figure.add_argument(
         "--save",
         type=Path,
         metavar="FILE",
         help="write the figure to FILE (.png, .pdf, .svg) instead of showing it",
     )
-    parser.add_argument("--no-figure", action="store_true", help="print only")
+    figure.add_argument("--no-figure", action="store_true", help="print only")
     args = parser.parse_args(argv)
     if args.top_k < 1:
         parser.error("--top-k must be at least 1")
+    if args.save and args.save.suffix not in (".png", ".pdf", ".svg"):
+        parser.error(f"--save {args.save}: the name must end in .png, .pdf or .svg")
     return args
 
 

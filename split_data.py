@@ -40,13 +40,9 @@ ARCHIVE_SHA256 = "4c54ace7911aaffe13a365c34f650e71dd5bf1be0a58b464e5a7183e3e595d
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 SIDES = ("train", "val", "test")
 RECORD = "split.json"
-# What train.py keeps beside the folders that it reads; made again whenever they change.
-PACKS = tuple(
-    f"{side}{suffix}{partial}"
-    for side in SIDES
-    for suffix in (".npy", ".json")
-    for partial in ("", ".tmp")
-)
+# What train.py keeps beside the folders that it reads, to be made again when they change.
+ENDINGS = (".npy", ".json", ".npy.tmp", ".json.tmp")
+PACKS = tuple(f"{side}.packed{ending}" for side in SIDES for ending in ENDINGS)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -4,8 +4,9 @@
     python train.py --resume                          # goes on after the last whole epoch
     python train.py --data my_data --output my_run --epochs 30 --batch-size 128
 
-Writes into --output: AlexNet.pth (the best epoch's weights), class_idx.json, history.csv,
-curves.png, last.pt (what --resume needs), and at the end run.json and kernels.png.
+Writes into --output: last.pt (what --resume needs), AlexNet.pth (the best epoch's weights),
+class_idx.json, history.csv, curves.png, and at the end run.json and kernels.png. The decoded
+photos are kept beside the data, as train.packed.npy and val.packed.npy.
 """
 
 from __future__ import annotations
@@ -36,13 +37,12 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import ReduceLROnPlateau
-from torchvision.utils import make_grid
+from torchvision.utils import save_image
 from tqdm import tqdm
 
 from alexnet import (
     CROP_SIZE,
     IMAGE_SIZE,
-    VIEWS,
     AlexNet,
     InputError,
     center_square,
@@ -65,10 +65,8 @@ COLOR_NOISE = 0.1  # section 4.1: standard deviation of the random weights
 ASPECT_RATIOS = (3 / 4, 4 / 3)  # of the random crops
 CHECK_EVERY = 20  # batches between two looks at the loss, each of which waits for the device
 # What --resume takes from last.pt; everything else comes from the command line.
-RUN_OPTIONS = (
-    *("batch_size", "accumulate", "lr", "momentum", "weight_decay", "patience"),
-    *("crop_area", "groups", "seed"),
-)
+RUN_OPTIONS = ("batch_size", "lr", "momentum", "weight_decay", "patience", "crop_area", "groups")
+RUN_OPTIONS += ("seed",)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -107,9 +105,8 @@ def keep_large_blocks() -> None:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    words = ("can't allocate memory", "not enough memory")  # of the CPU's allocator
-    known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-    return known or any(word in str(error) for word in words)
+    words = ("out of memory", "ALLOC_FAILED", "can't allocate memory", "not enough memory")
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
 
 def train(args: argparse.Namespace) -> None:
@@ -123,14 +120,18 @@ def train(args: argparse.Namespace) -> None:
     if checkpoint:
         load_checkpoint(run, checkpoint)
     print_facts(run)
+    prepare_output(run)
+    if checkpoint:
+        write_results(run)
     if run.has_ended():
         print(f"nothing left to do: the run has ended after epoch {len(run.history)}")
     else:
-        prepare_output(run)
+        (args.output / "run.json").unlink(missing_ok=True)
         print_header()
     while not run.has_ended():
         run_epoch(run)
-        save_epoch(run)
+        save_checkpoint(run)
+        write_results(run)
         print_epoch(run)
     if not (args.output / "run.json").exists():
         report(run)
@@ -144,8 +145,10 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.bfloat16 if native else torch.float16
+        capability = torch.cuda.get_device_capability(device)
+        if capability >= (8, 0):
+            return torch.bfloat16
+        return torch.float16 if capability >= (7, 0) else torch.float32
     if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):
         has = torch.cpu.get_capabilities()
         if has.get("avx512_bf16") or has.get("amx_bf16") or has.get("bf16"):
@@ -179,7 +182,7 @@ class Pack:
 
 
 def pack(folder: Path, output: Path, classes: list[str] | None = None) -> Pack:
-    """The photos folder/CLASS/*, decoded once into folder.npy (in `output` if that can't be).
+    """The photos folder/CLASS/*, decoded once into a .npy beside it (or in `output`).
 
     `classes` are the training set's, among which the photos' own must be. Raises InputError.
     """
@@ -195,7 +198,7 @@ def pack(folder: Path, output: Path, classes: list[str] | None = None) -> Pack:
         raise InputError(f"{folder} has a class that train lacks: {', '.join(sorted(unknown))}")
     stats = [path.stat() for path in files]
     facts = [[n, s.st_size, s.st_mtime_ns] for n, s in zip(names, stats, strict=True)]
-    places = [place / f"{folder.name}.npy" for place in (folder.parent, output)]
+    places = [place / f"{folder.name}.packed.npy" for place in (folder.parent, output)]
     found = [place for place in places if read_record(place).get("files") == facts]
     array = found[0] if found else make_pack(files, facts, places)
     record = read_record(array)
@@ -252,7 +255,10 @@ def write_photos(file: Any, files: list[Path], array: Path) -> tuple[np.ndarray,
     """
 
     def decode(path: Path) -> tuple[bytes, np.ndarray, np.ndarray]:
-        pixels = np.asarray(center_square(read_image(path)))
+        try:
+            pixels = np.asarray(center_square(read_image(path)))
+        except InputError as error:
+            raise InputError(f"{error}; take it away, or run split_data.py again") from error
         values = pixels.reshape(-1, 3).astype(np.float64)
         return pixels.tobytes(), values.sum(0), values.T @ values
 
@@ -347,7 +353,9 @@ def augment(images: Tensor, boxes: Tensor, flips: Tensor, noise: Tensor) -> Tens
     theta[:, 1, 2] = 2 * top + height - 1
     size = [len(images), 3, CROP_SIZE, CROP_SIZE]
     grid = F.affine_grid(theta, size, align_corners=False)
-    crops = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+    # Clamping is padding_mode="border", which MPS lacks; there it wants contiguous images, too.
+    grid = grid.clamp(1 / IMAGE_SIZE - 1, 1 - 1 / IMAGE_SIZE)
+    crops = F.grid_sample(images.contiguous(), grid, align_corners=False)
     return crops + noise[:, :, None, None]
 
 
@@ -357,11 +365,11 @@ def make_batch(
     """The images (n, 3, 224, 224) in 0..1 and labels (n,) of some rows of the epoch's draws."""
     order = draws.order[rows]
     photos = torch.from_numpy(train_set.photos[order.numpy()])
+    parts = [draws.boxes[rows], draws.flips[rows], draws.noise[rows], train_set.labels[order]]
     if device.type == "cuda":
         photos = photos.pin_memory()  # else the copy would wait for the device
-    images = to_float(photos.to(device, non_blocking=True))
-    parts = [part[rows].to(device) for part in (draws.boxes, draws.flips, draws.noise)]
-    return augment(images, *parts), train_set.labels[order].to(device)
+    photos, *parts, labels = (x.to(device, non_blocking=True) for x in (photos, *parts))
+    return augment(to_float(photos), *parts), labels
 
 
 # ------------------------------------------------------------------------ training (section 5)
@@ -414,11 +422,11 @@ def make_run(
     net.mean.copy_(train_set.mean[:, None, None])
     net.std.copy_(train_set.covariance.diagonal().sqrt()[:, None, None])
     net.to(device, memory_format=torch.channels_last)
-    # A first step that the scaler skips would leave the momentum of fused SGD uninitialised.
-    fused = precision != torch.float16
     optimizer = torch.optim.SGD(
-        net.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay, fused=fused
+        net.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay, fused=True
     )
+    for parameter in net.parameters():  # else a first step that the scaler skips leaves garbage
+        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     scheduler = ReduceLROnPlateau(optimizer, factor=LR_FACTOR, patience=args.patience, eps=0)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
     return Run(args, train_set, val_set, device, precision, net, optimizer, scheduler, scaler)
@@ -534,12 +542,11 @@ def open_checkpoint(args: argparse.Namespace) -> dict[str, Any] | None:
     parts = {"options", "classes", "net", "optimizer", "scheduler", "scaler", "history"}
     if parts - set(checkpoint) or set(RUN_OPTIONS) - set(checkpoint["options"]):
         raise InputError(f"{last} is no checkpoint of train.py")
-    for name in RUN_OPTIONS:
-        given, saved = getattr(args, name), checkpoint["options"][name]
-        if given not in (saved, args.defaults[name]):
+    for name, saved in checkpoint["options"].items():
+        if name in args.given and getattr(args, name) != saved:
             raise InputError(
-                f"{last} is of a run with --{name.replace('_', '-')} {saved}, not {given}; leave "
-                "the option out, or start another run with another --output"
+                f"{last} is of a run with --{name.replace('_', '-')} {saved}; leave the option "
+                "out, or start another run with another --output"
             )
         setattr(args, name, saved)
     return checkpoint
@@ -558,6 +565,8 @@ def load_checkpoint(run: Run, checkpoint: dict[str, Any]) -> None:
         run.optimizer.load_state_dict(checkpoint["optimizer"])
     except (RuntimeError, ValueError, KeyError) as error:
         raise InputError(f"{last} is of another network; start again with --overwrite") from error
+    if not torch.allclose(run.net.mean.flatten().cpu(), run.train_set.mean, rtol=0, atol=1e-5):
+        raise InputError(f"{run.args.data} does not hold the photos that {last} was trained on")
     run.scheduler.load_state_dict(checkpoint["scheduler"])
     if run.scaler.is_enabled() and checkpoint["scaler"]:
         run.scaler.load_state_dict(checkpoint["scaler"])
@@ -565,20 +574,17 @@ def load_checkpoint(run: Run, checkpoint: dict[str, Any]) -> None:
 
 
 def prepare_output(run: Run) -> None:
-    """Make sure that the run's files have room; take away what belongs to an earlier run."""
+    """Make sure that the files have room; take away an earlier run's; write class_idx.json."""
     output = run.args.output
     output.mkdir(parents=True, exist_ok=True)
-    if run.args.overwrite:  # an old network must not meet a new list of classes
-        for name in ("last.pt", "AlexNet.pth"):
-            (output / name).unlink(missing_ok=True)
-    (output / "run.json").unlink(missing_ok=True)
     old = [path for path in (output / "last.pt", output / "AlexNet.pth") if path.exists()]
-    there = sum(path.stat().st_size for path in old)
-    free = shutil.disk_usage(output).free
-    if free < disk_needed(run) - there:
-        raise InputError(
-            f"{output} has {free / 1e9:.1f} GB free, and the run needs {disk_needed(run) / 1e9:.1f}"
-        )
+    free = shutil.disk_usage(output).free + sum(path.stat().st_size for path in old)
+    if free < disk_needed(run):
+        needed = f"{disk_needed(run) / 1e9:.1f}"
+        raise InputError(f"{output} has {free / 1e9:.1f} GB free, and the run needs {needed}")
+    if run.args.overwrite:  # an old network must not meet a new list of classes
+        for path in old:
+            path.unlink()
     index = {str(i): label for i, label in enumerate(run.train_set.classes)}
     write_text(output / "class_idx.json", json.dumps(index, indent=1, ensure_ascii=False))
 
@@ -588,14 +594,8 @@ def disk_needed(run: Run) -> int:
     return (1 + 2 + 2) * 4 * sum(p.numel() for p in run.net.parameters())
 
 
-def save_epoch(run: Run) -> None:
-    """Write the files of an epoch; last.pt, from which all others can be put right, comes last."""
-    output = run.args.output
-    if run.best() is run.history[-1]:
-        save_tensors(output / "AlexNet.pth", run.net.state_dict())
-    with replacing(output / "curves.png") as file:
-        draw_curves(run.history, run.val_set.largest_share()).savefig(file, format="png")
-    write_text(output / "history.csv", history_text(run.history))
+def save_checkpoint(run: Run) -> None:
+    """Write last.pt, which makes an epoch count: the other files follow from it."""
     checkpoint = {
         "options": {name: getattr(run.args, name) for name in RUN_OPTIONS},
         "classes": run.train_set.classes,
@@ -605,12 +605,25 @@ def save_epoch(run: Run) -> None:
         "scaler": run.scaler.state_dict(),
         "history": run.history,
     }
-    save_tensors(output / "last.pt", checkpoint)
+    save_tensors(run.args.output / "last.pt", checkpoint)
+
+
+def write_results(run: Run) -> None:
+    """Write what follows from last.pt; a resumed run does so first, in case it was killed here."""
+    output = run.args.output
+    if run.best() is run.history[-1]:
+        save_tensors(output / "AlexNet.pth", run.net.state_dict())
+    write_text(output / "history.csv", history_text(run.history))
+    with replacing(output / "curves.png") as file:
+        draw_curves(run.history, run.val_set.largest_share()).savefig(file, format="png")
 
 
 def save_tensors(path: Path, content: dict[str, Any]) -> None:
     with replacing(path) as file:
-        torch.save(content, file)
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:  # torch puts its own in place of the file's: a full disk
+            raise OSError(f"{path} cannot be written: {error.__context__ or error}") from error
 
 
 def write_text(path: Path, text: str) -> None:
@@ -645,37 +658,31 @@ def draw_curves(history: list[dict[str, float]], largest_share: float) -> Figure
 
 
 def report(run: Run) -> None:
-    """Evaluate the best weights once more, by both kinds of views; write run.json, kernels.png."""
+    """Evaluate the best weights by ten views too; write run.json and kernels.png."""
     output, best = run.args.output, run.best()
     run.net.load_state_dict(load_tensors(output / "AlexNet.pth", mmap=False))
-    accuracy = {views: evaluate(run, views)[1] for views in VIEWS}
+    ten_crop = evaluate(run, "ten-crop")[1]
+    # The 96 kernels of the first layer, 16 a row, on one common scale (the paper's figure 3).
+    kernels = F.interpolate(run.net.features[1].weight.detach().cpu(), scale_factor=5.0)
     with replacing(output / "kernels.png") as file:
-        draw_kernels(run.net).savefig(file, format="png")
+        save_image(kernels, file, format="png", nrow=16, padding=5, normalize=True)
     facts = {
         "options": {name: getattr(run.args, name) for name in RUN_OPTIONS},
         "classes": run.train_set.classes,
         "photos": {"train": run.train_set.counts(), "val": run.val_set.counts()},
         "epochs": len(run.history),
         "best_epoch": best["epoch"],
-        "val_accuracy": accuracy,
+        "val_accuracy": {"center-crop": best["val_accuracy"], "ten-crop": ten_crop},
         "seconds": sum(row["seconds"] for row in run.history),
         "hardware": hardware(run),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
     }
     write_text(output / "run.json", json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
-    scores = ", ".join(f"{value:.4f} by {views}" for views, value in accuracy.items())
-    print(f"best epoch on val: {best['epoch']} of {len(run.history)}, accuracy {scores}")
+    print(
+        f"best epoch on val: {best['epoch']} of {len(run.history)}, "
+        f"accuracy {best['val_accuracy']:.4f} by center-crop, {ten_crop:.4f} by ten-crop"
+    )
     print(f"the weights are in {output / 'AlexNet.pth'}; now `python predict.py` a photo")
-
-
-def draw_kernels(net: AlexNet) -> Figure:
-    """The 96 kernels of the first layer, 16 a row, on one common scale (the paper's figure 3)."""
-    grid = make_grid(net.features[1].weight.detach().cpu(), 16, padding=1, normalize=True)
-    figure = Figure(figsize=(8, 3.2), layout="constrained")
-    axis = figure.subplots()
-    axis.imshow(grid.permute(1, 2, 0).numpy(), interpolation="nearest")
-    axis.set_axis_off()
-    return figure
 
 
 # ------------------------------------------------------------------------------- on the screen
@@ -740,11 +747,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument_group("training, in brackets what the paper did").add_argument
     add("--epochs", type=count, default=90, help="passes over the training set, at most [90]")
     add("--batch-size", type=count, default=32, help="photos a step [128]")
-    add("--accumulate", type=count, default=1, help="pieces of a batch, to save memory [1]")
     add("--lr", type=within(float, 1e-12, 1e12), default=0.01, help="learning rate [0.01]")
     add("--momentum", type=rate, default=0.9, help="of SGD [0.9]")
     add("--weight-decay", type=rate, default=0.0005, help="of SGD [0.0005]")
-    patience = "epochs without a lower validation loss before the rate is divided by 10 [by hand]"
+    patience = "epochs without a lower validation loss that are borne; one more divides lr by 10"
     add("--patience", type=within(int, 0, 10**9), default=3, help=patience)
     crop = "smallest part of a photo that a random crop keeps; 0: 224 x 224 of 256 x 256 [0]"
     add("--crop-area", type=rate, default=0.35, help=crop)
@@ -753,6 +759,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--seed", type=within(int, 0, 2**32), default=0, help="of weights, order, crops, dropout")
 
     add = parser.add_argument_group("hardware, which may change when a run resumes").add_argument
+    add("--accumulate", type=count, default=1, help="pieces of a batch, to save memory [1]")
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps, or the fastest that is there")
     precision = "of the products; auto: bfloat16 where it is native, float16 on older CUDA cards"
     choices = ("auto", "float32", "bfloat16", "float16")
@@ -761,7 +768,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.resume and args.overwrite:
         parser.error("--resume and --overwrite contradict each other")
-    args.defaults = {name: parser.get_default(name) for name in RUN_OPTIONS}
+    # Parsed once more without defaults: what was given on the command line.
+    bare = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(RUN_OPTIONS)))
+    args.given = {name for name in RUN_OPTIONS if getattr(bare, name) is not None}
     return args
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision.transforms.v2.functional as TF
+from benchmark import stock_alexnet
 from draw_flowers import draw_flower
 from PIL import Image
 from torch import nn
@@ -38,30 +39,13 @@ def test_the_layer_table(capsys, num_classes, groups, parameters, multiply_adds)
     assert convolutions == expected
 
 
-def stock_alexnet(num_classes: int, groups: int) -> nn.Sequential:
-    """The same network in stock PyTorch, for images that are normalised and padded already."""
-    lrn = {"size": 5, "alpha": 5e-4, "beta": 0.75, "k": 2.0}
-    features = nn.Sequential(
-        nn.Identity(), nn.Conv2d(3, 96, 11, 4), nn.ReLU(), nn.LocalResponseNorm(**lrn),
-        nn.MaxPool2d(3, 2), nn.Conv2d(96, 256, 5, padding=2, groups=groups), nn.ReLU(),
-        nn.LocalResponseNorm(**lrn), nn.MaxPool2d(3, 2), nn.Conv2d(256, 384, 3, padding=1),
-        nn.ReLU(), nn.Conv2d(384, 384, 3, padding=1, groups=groups), nn.ReLU(),
-        nn.Conv2d(384, 256, 3, padding=1, groups=groups), nn.ReLU(), nn.MaxPool2d(3, 2),
-    )  # fmt: skip
-    classifier = nn.Sequential(
-        nn.Linear(9216, 4096), nn.ReLU(), nn.Identity(), nn.Linear(4096, 4096), nn.ReLU(),
-        nn.Identity(), nn.Linear(4096, num_classes),
-    )  # fmt: skip
-    return nn.Sequential(features, nn.Flatten(), classifier)
-
-
 @pytest.mark.parametrize("groups", [1, 2])
 def test_logits_and_gradients_equal_those_of_stock_pytorch(groups):
     torch.manual_seed(0)
     net = AlexNet(7, groups, dropout=0.0)
     net.mean.copy_(torch.tensor([0.4, 0.5, 0.6])[:, None, None])
     net.std.fill_(0.2)
-    stock = stock_alexnet(7, groups)
+    stock = stock_alexnet(7, groups, dropout=0.0)
     stock[0].load_state_dict(net.features.state_dict())
     stock[2].load_state_dict(net.classifier.state_dict())
     images, labels = torch.rand(2, 3, 224, 224), torch.tensor([3, 5])

@@ -98,13 +98,28 @@ def test_a_bad_file_is_named_and_the_others_are_answered(answer, photo, tmp_path
 def test_without_a_display_the_figure_is_saved(answer, photo, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MPLBACKEND", "agg")
-    status, out, _ = answer(photo)
-    assert status == 0 and "prediction.png" in out
+    status, _, err = answer(photo)
+    assert status == 0 and "prediction.png" in err
     status, _, _ = answer(photo, "--save", tmp_path / "figure.pdf")
     assert status == 0 and (tmp_path / "figure.pdf").read_bytes().startswith(b"%PDF")
     with Image.open("prediction.png") as image:
         assert image.width > 500 and len(image.convert("RGB").getcolors(1 << 20)) > 100
     assert {path.name for path in tmp_path.iterdir()} == {"prediction.png", "figure.pdf"}
+
+
+def test_figures_that_cannot_be(answer, photo, tmp_path, capsys):
+    for options in (["--save", "x.xyz"], ["--save", "."], ["--save", "x.png", "--no-figure"]):
+        with pytest.raises(SystemExit) as caught:
+            answer(photo, *options)
+        assert caught.value.code == 2 and "--save" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="one photo"):
+        answer(photo, photo, "--save", tmp_path / "x.png")
+
+
+def test_json_alone_draws_nothing(answer, photo, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, out, err = answer(photo, "--json")
+    assert (status, len(out.splitlines()), err) == (0, 1, "") and not list(tmp_path.iterdir())
 
 
 def test_odd_pictures_are_answered_as_the_plain_one_is(answer, photo, tmp_path):

@@ -30,7 +30,7 @@ def test_split_train_predict_end_to_end(photos, tmp_path):
     assert "58,293,635 parameters" in train.stdout and "best epoch on val: 1 of 1" in train.stdout
     photo = next((tmp_path / "data" / "val").rglob("*.jpg"))
     predict = run(ROOT / "predict.py", photo, cwd=tmp_path)
-    assert (predict.returncode, predict.stderr) == (0, "")
+    assert (predict.returncode, predict.stderr) == (0, "the figure is in prediction.png\n")
     assert re.match(r"class: \w+, probability: [01]\.\d{3}\n", predict.stdout)
     assert (tmp_path / "prediction.png").stat().st_size > 5000
 

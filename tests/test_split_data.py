@@ -167,10 +167,10 @@ def test_a_folder_that_something_else_made_is_refused(twelve, tmp_path):
 def test_an_own_folder_is_replaced_unless_a_foreign_file_is_in_it(twelve, tmp_path):
     output = tmp_path / "data"
     first = split(twelve, output)
-    for pack in ("train.npy", "train.json", "val.npy", "val.json"):
+    for pack in ("train.packed.npy", "train.packed.json", "val.packed.npy", "val.packed.json"):
         (output / pack).write_bytes(b"made by train.py")
     second = split(twelve, output, "--seed", "3")
-    assert set(second) != set(first) and not (output / "train.npy").exists()
+    assert set(second) != set(first) and not (output / "train.packed.npy").exists()
     (output / "train" / "a" / "mine.jpg").write_bytes(b"x")
     before = contents(output)
     error_of(split_data.main, "--source", twelve, "--output", output)

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -65,16 +66,19 @@ def test_the_pack_is_made_once_and_again_when_a_file_changes(tmp_path, monkeypat
     assert len(reads) == 4 and np.array_equal(second.photos[3], second.photos[0])
     (folder / "b" / "01.jpg").unlink()
     assert len(train.pack(folder, tmp_path)) == 3
-    (tmp_path / "train.npy").write_bytes((tmp_path / "train.npy").read_bytes()[:-1])  # cut short
+    (tmp_path / "train.packed.npy").write_bytes(
+        (tmp_path / "train.packed.npy").read_bytes()[:-1]
+    )  # cut short
     assert len(train.pack(folder, tmp_path)) == 3 and len(reads) == 4 + 3 + 3
 
 
 def test_where_the_data_cannot_be_written_the_pack_goes_to_the_output(data, tmp_path, monkeypatch):
-    copy = shutil.copytree(data, tmp_path / "data", ignore=shutil.ignore_patterns("*.npy"))
-    (copy / "train.json").unlink(missing_ok=True)
+    copy = shutil.copytree(data, tmp_path / "data", ignore=shutil.ignore_patterns("*packed*"))
     monkeypatch.setattr(train, "can_write", lambda folder: folder != copy)
     pack = train.pack(copy / "train", tmp_path / "output")
-    assert (tmp_path / "output" / "train.npy").exists() and not (copy / "train.npy").exists()
+    assert (tmp_path / "output" / "train.packed.npy").exists() and not (
+        copy / "train.packed.npy"
+    ).exists()
     monkeypatch.setattr(train, "make_pack", None)  # it is found there by the next start
     assert np.array_equal(train.pack(copy / "train", tmp_path / "output").photos, pack.photos)
 
@@ -213,11 +217,26 @@ def test_two_epochs_resumed_for_two_more_are_four_to_the_bit(trained, data, tmp_
 
 
 def test_a_finished_run_says_so(trained, data, capsys):
-    before = {path.name: path.stat().st_mtime_ns for path in trained.iterdir()}
+    before = {path.name: path.read_bytes() for path in trained.iterdir()}
     argv = ["--data", str(data), "--output", str(trained), "--epochs", "2", "--resume"]
     assert train.main(argv) == 0
     assert "nothing left to do" in capsys.readouterr().out
-    assert {path.name: path.stat().st_mtime_ns for path in trained.iterdir()} == before
+    assert {path.name: path.read_bytes() for path in trained.iterdir()} == before
+
+
+def test_a_kill_behind_last_pt_is_put_right_by_resuming(trained, data, tmp_path):
+    killed = shutil.copytree(trained, tmp_path / "killed")
+    checkpoint = alexnet.load_tensors(killed / "last.pt", mmap=False)
+    checkpoint["history"][-1]["val_accuracy"] = 1.0  # the last epoch is the best
+    train.save_tensors(killed / "last.pt", checkpoint)
+    for name in FILES - {"last.pt"}:
+        (killed / name).unlink()
+    argv = ["--data", str(data), "--output", str(killed), "--epochs", "2", "--resume"]
+    assert train.main(argv) == 0
+    assert {path.name for path in killed.iterdir()} == FILES
+    state = alexnet.load_tensors(killed / "AlexNet.pth", mmap=False)
+    torch.testing.assert_close(state, dict(checkpoint["net"]), rtol=0, atol=0)
+    assert [row["val_accuracy"] for row in history_of(killed)][-1] == "1"
 
 
 @pytest.fixture
@@ -378,11 +397,14 @@ def test_resuming_what_does_not_fit(trained, data, tmp_path):
     assert "no " in error_of(train.main, *resume, tmp_path)
     message = error_of(train.main, *resume, trained, "--groups", "2")
     assert "--groups 1" in message
-    assert "--lr" in error_of(train.main, *resume, trained, "--lr", "0.5")
+    assert "--lr 0.01" in error_of(train.main, *resume, trained, "--lr", "0.5")
     draw_photos(tmp_path / "data" / "train", {"daisy": 2, "orchid": 2, "tulips": 2})
     draw_photos(tmp_path / "data" / "val", {"daisy": 1})
     options = ("--data", tmp_path / "data", "--resume", "--output", trained)
     assert "daisy, roses, tulips" in error_of(train.main, *options)
+    shutil.copytree(data, tmp_path / "fewer", ignore=shutil.ignore_patterns("00.jpg", "*packed*"))
+    options = ("--data", tmp_path / "fewer", "--resume", "--output", trained)
+    assert "photos" in error_of(train.main, *options)
     for name, content in (("cut", (trained / "last.pt").read_bytes()[:100_000]), ("text", b"x")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "last.pt").write_bytes(content)
@@ -426,27 +448,31 @@ def test_out_of_memory_names_the_option_that_helps(data, tmp_path, monkeypatch, 
     assert "--accumulate" in message
 
 
-def test_a_full_disk_is_said_and_the_earlier_files_stay(trained, data, tmp_path, monkeypatch):
+def test_a_full_disk_is_said_and_the_earlier_files_stay(trained, tmp_path):
+    """A limit on the size of files stands in for a full disk."""
+    resource = pytest.importorskip("resource")
     copy = shutil.copytree(trained, tmp_path / "run")
     before = (copy / "last.pt").read_bytes()
-    save = torch.save
-
-    def fail_late(content, file):
-        if "scheduler" not in content:
-            return save(content, file)
-        file.write(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(torch, "save", fail_late)
-    argv = ("--data", data, "--output", copy, "--epochs", "3", "--resume")
-    assert "No space left on device" in error_of(train.main, *argv)
+    content = alexnet.load_tensors(copy / "last.pt", mmap=False)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignore = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        for limit in (10**4, 10**6, 3 * 10**8):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
+            with pytest.raises(OSError, match="too large"):
+                train.save_tensors(copy / "last.pt", content)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, ignore)
     assert (copy / "last.pt").read_bytes() == before and not list(copy.glob("*.tmp"))
 
 
-def test_too_little_free_disk_is_said_before_anything_is_trained(data, tmp_path, monkeypatch):
+def test_too_little_free_disk_is_said_before_anything_is_lost(trained, data, tmp_path, monkeypatch):
+    copy = shutil.copytree(trained, tmp_path / "run")
     usage = shutil.disk_usage(tmp_path)._replace(free=10**8)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    assert "free" in error_of(train.main, "--data", data, "--output", tmp_path)
+    assert "free" in error_of(train.main, "--data", data, "--output", copy, "--overwrite")
+    assert {path.name for path in copy.iterdir()} == FILES
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,318 @@
+"""Measure speed and memory beside stock PyTorch, on drawn photos; a person runs this.
+
+    python tests/benchmark.py                      # about ten minutes on two CPU cores
+    python tests/benchmark.py --rounds 5 --precision float32
+
+Stock is the same network as a tutorial writes it: nn.LocalResponseNorm, contiguous float32
+tensors, an ImageFolder with RandomResizedCrop, flip and ColorJitter, a DataLoader without workers,
+one .item() a batch. Each measurement is a process of its own; ours and stock take turns, and the
+table shows medians of the rounds and their ratio.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+BATCH = 64
+STEP_GFLOP = 6.58  # of a training step for one image: 3 x forward, less conv1's input gradient
+# What train.py sets from inside, as environment variables for stock.
+KEEP_BLOCKS = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
+
+
+# ------------------------------------------------------------------------- the plain version
+
+
+def stock_alexnet(num_classes: int, groups: int = 1, dropout: float = 0.5) -> nn.Sequential:
+    """The network in stock PyTorch; its images are normalised already, and padded to 227."""
+    lrn = {"size": 5, "alpha": 5e-4, "beta": 0.75, "k": 2.0}
+    features = nn.Sequential(
+        nn.Identity(), nn.Conv2d(3, 96, 11, 4), nn.ReLU(), nn.LocalResponseNorm(**lrn),
+        nn.MaxPool2d(3, 2), nn.Conv2d(96, 256, 5, padding=2, groups=groups), nn.ReLU(),
+        nn.LocalResponseNorm(**lrn), nn.MaxPool2d(3, 2), nn.Conv2d(256, 384, 3, padding=1),
+        nn.ReLU(), nn.Conv2d(384, 384, 3, padding=1, groups=groups), nn.ReLU(),
+        nn.Conv2d(384, 256, 3, padding=1, groups=groups), nn.ReLU(), nn.MaxPool2d(3, 2),
+    )  # fmt: skip
+    classifier = nn.Sequential(
+        nn.Linear(9216, 4096), nn.ReLU(), nn.Dropout(dropout), nn.Linear(4096, 4096), nn.ReLU(),
+        nn.Dropout(dropout), nn.Linear(4096, num_classes),
+    )  # fmt: skip
+    return nn.Sequential(features, nn.Flatten(), classifier)
+
+
+# ------------------------------------------------------- what is measured, in a process of its own
+
+
+def memory_mib(name: str) -> float:
+    """VmRSS or VmHWM of this process (Linux)."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(name):
+            return int(line.split()[1]) / 1024
+    raise SystemExit(f"error: no {name} in /proc/self/status; memory is measured on Linux alone")
+
+
+def our_batches(data: Path, precision: str, batch_size: int) -> tuple[Callable[[], None], list]:
+    """A function that trains on one batch, and the list it adds the seconds of input to."""
+
+    import train
+
+    train.keep_large_blocks()
+    argv = ["--data", str(data), "--output", str(data), "--batch-size", str(batch_size)]
+    args = train.parse_args(argv)
+    sets = [train.pack(data / side, data) for side in ("train", "val")]
+    device = torch.device("cpu")
+    run = train.make_run(args, *sets, device, train.pick_precision(precision, device))
+    run.net.train()
+    draws = train.draw_epoch(run.train_set, 0, 1, args.crop_area)
+    make_batch, seconds = train.make_batch, []
+
+    def timed(*arguments):
+        start = time.perf_counter()
+        batch = make_batch(*arguments)
+        seconds.append(time.perf_counter() - start)
+        return batch
+
+    train.make_batch = timed
+    order = torch.arange(len(run.train_set)).repeat(50).split(batch_size)
+    batches = iter(order)
+    return lambda: train.train_one_batch(run, draws, next(batches)).tolist(), seconds
+
+
+def stock_batches(data: Path, batch_size: int) -> tuple[Callable[[], None], list]:
+    """The same for the plain version."""
+    from torchvision import datasets, transforms
+
+    dataset = datasets.ImageFolder(
+        data / "train",
+        transforms.Compose(
+            [
+                transforms.RandomResizedCrop(224),
+                transforms.RandomHorizontalFlip(),
+                transforms.ColorJitter(0.5, 0.5, 0.5, 0.5),
+                transforms.ToTensor(),
+                transforms.Normalize([0.5] * 3, [0.5] * 3),
+                transforms.Pad((0, 0, 3, 3)),
+            ]
+        ),
+    )
+    dataset.samples *= 50
+    loader = iter(torch.utils.data.DataLoader(dataset, batch_size, shuffle=True))
+    net = stock_alexnet(len(dataset.classes))
+    optimizer = torch.optim.SGD(net.parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-4)
+    seconds = []
+
+    def step() -> None:
+        start = time.perf_counter()
+        images, labels = next(loader)
+        seconds.append(time.perf_counter() - start)
+        optimizer.zero_grad()
+        loss = torch.nn.functional.cross_entropy(net(images), labels)
+        loss.backward()
+        optimizer.step()
+        loss.item()
+
+    return step, seconds
+
+
+def measure_speed(batches: tuple[Callable[[], None], list], n: int = 5) -> dict[str, float]:
+    step, input_seconds = batches
+    step()
+    input_seconds.clear()
+    times = []
+    for _ in range(n):
+        start = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - start)
+    total, input_time = sum(times), sum(input_seconds)
+    images = n * BATCH
+    return {
+        "training": images / total,
+        "steps": images / (total - input_time),
+        "input share": input_time / total,
+    }
+
+
+def measure_memory(batches: tuple[Callable[[], None], list]) -> dict[str, float]:
+    before = memory_mib("VmRSS")
+    for _ in range(3):
+        batches[0]()
+    return {"memory": memory_mib("VmHWM") - before}
+
+
+def measure_lrn(ours: bool) -> dict[str, float]:
+
+    import alexnet
+    import train
+
+    if ours:
+        train.keep_large_blocks()
+    norm = (alexnet.LocalResponseNorm if ours else torch.nn.LocalResponseNorm)(5, 5e-4, 0.75, 2.0)
+    layout = torch.channels_last if ours else torch.contiguous_format
+    total = 0.0
+    for shape in ((BATCH, 96, 55, 55), (BATCH, 256, 27, 27)):
+        x = torch.rand(shape).to(memory_format=layout).requires_grad_()
+        gradient = torch.rand(shape).to(memory_format=layout)
+        times = []
+        for _ in range(5):
+            start = time.perf_counter()
+            torch.autograd.grad(norm(x), x, gradient)
+            times.append(time.perf_counter() - start)
+        total += statistics.median(times[1:])
+    return {"lrn": 1000 * total}
+
+
+def measure_products(precision: str) -> dict[str, float]:
+    """GFLOP/s of the product of two large square matrices."""
+
+    import train
+
+    dtype = train.pick_precision(precision, torch.device("cpu"))
+    a = torch.randn(4096, 4096).to(dtype)
+    a @ a
+    start = time.perf_counter()
+    for _ in range(3):
+        a @ a
+    return {"products": 3 * 2 * 4096**3 / (time.perf_counter() - start) / 1e9}
+
+
+def work(name: str, data: Path, precision: str) -> dict[str, float]:
+    side, what = name.split()
+    if what == "lrn":
+        return measure_lrn(side == "ours")
+    if what == "products":
+        return measure_products(precision)
+    size = 128 if what == "memory" else BATCH
+    batches = our_batches(data, precision, size) if side == "ours" else stock_batches(data, size)
+    return measure_memory(batches) if what == "memory" else measure_speed(batches)
+
+
+# ------------------------------------------------------------------------------- the table
+
+
+def spawn(name: str, data: Path, precision: str, **environment: str) -> dict[str, float]:
+    """Measure in a fresh process; start-up is timed from outside it."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "OMP_", "KMP_"))}
+    commands = {
+        "ours start": [ROOT / "predict.py", data / "photo.jpg", "--no-figure"],
+        "stock start": ["-c", "import torch"],
+    }
+    worker = [__file__, "--work", name, "--data", data, "--precision", precision]
+    command = [sys.executable, *commands.get(name, worker)]
+    start = time.perf_counter()
+    result = subprocess.run(
+        [*map(str, command)],
+        env=clean | environment,
+        cwd=data,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    seconds = time.perf_counter() - start
+    return {"start": seconds} if name in commands else json.loads(result.stdout.splitlines()[-1])
+
+
+def prepare(data: Path) -> None:
+    """Drawn photos, and untrained weights for predict.py."""
+    from draw_flowers import KINDS, draw_flower
+
+    import alexnet
+
+    for side, n in (("train", 52), ("val", 2)):
+        for kind in KINDS:
+            (data / side / kind).mkdir(parents=True)
+            for i in range(n):
+                image = draw_flower(kind, random.Random(f"{side} {kind} {i}"))
+                image.save(data / side / kind / f"{i}.jpg", quality=90)
+    image.save(data / "photo.jpg")
+    torch.save(alexnet.AlexNet(5).state_dict(), data / "AlexNet.pth")
+    names = {str(i): kind for i, kind in enumerate(KINDS)}
+    (data / "class_idx.json").write_text(json.dumps(names))
+
+
+def print_table(found: dict[str, dict[str, float]], precision: str) -> None:
+
+    cpu = platform.processor() or platform.machine()
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads of {cpu}, {precision}")
+    print(f"{'':<46}{'ours':>9}{'stock':>9}{'ratio':>8}")
+    ours, stock, kept = found["ours speed"], found["stock speed"], found["kept speed"]
+    rows = [
+        ("whole training, images/s", ours["training"], stock["training"]),
+        ("  stock with our allocator settings", ours["training"], kept["training"]),
+        ("steps alone, images/s", ours["steps"], stock["steps"]),
+        ("  stock with our allocator settings", ours["steps"], kept["steps"]),
+        ("share of training spent on input", ours["input share"], stock["input share"]),
+    ]
+    for name, what, key in (
+        ("LRN forward and backward, batch 64, ms", "lrn", "lrn"),
+        ("peak memory at batch 128, MiB", "memory", "memory"),
+        ("predict.py against import torch, s", "start", "start"),
+    ):
+        rows.append((name, found[f"ours {what}"][key], found[f"stock {what}"][key]))
+    for name, a, b in rows:
+        print(f"{name:<46}{a:>9.3g}{b:>9.3g}{a / b:>8.2f}")
+    rate = found["ours products"]["products"]
+    share = ours["steps"] * STEP_GFLOP / rate
+    print(f"steps: {share:.2f} of the {rate:.0f} GFLOP/s of 4096 x 4096 products in {precision}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="(default: %(default)s)")
+    parser.add_argument(
+        "--precision", default="auto", help="ours; stock is float32 (default: auto)"
+    )
+    parser.add_argument("--work", help=argparse.SUPPRESS)
+    parser.add_argument("--data", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.work:
+        print(json.dumps(work(args.work, args.data, args.precision)))
+        return 0
+    names = [
+        *("ours speed", "stock speed", "kept speed", "ours lrn", "stock lrn", "ours memory"),
+        *("stock memory", "ours start", "stock start", "ours products"),
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder)
+        prepare(data)
+        rounds = []
+        for number in range(args.rounds):
+            print(f"round {number + 1} of {args.rounds}", file=sys.stderr)
+            rounds.append(
+                {
+                    name: spawn(
+                        name.replace("kept", "stock"),
+                        data,
+                        args.precision,
+                        **(KEEP_BLOCKS if name.startswith("kept") else {}),
+                    )
+                    for name in names
+                }
+            )
+    found = {
+        name: {key: statistics.median(r[name][key] for r in rounds) for key in rounds[0][name]}
+        for name in names
+    }
+    print_table(found, args.precision)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
