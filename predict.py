@@ -90,7 +90,7 @@ def load_network(weights: Path, classes_file: Path | None) -> tuple[AlexNet, lis
         raise InputError(f"{error}; train.py makes one, --weights tells where it is") from error
     path = classes_file or weights.with_name("class_idx.json")
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
+        index = json.loads(path.read_text(encoding="utf-8", errors="surrogateescape"))
         classes = [str(index[str(i)]) for i in range(len(index))]
     except OSError as error:
         raise InputError(f"cannot read the class names: {describe(error)}") from error

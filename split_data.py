@@ -21,13 +21,12 @@ import tarfile
 import tempfile
 import urllib.request
 import warnings
-import zlib
-from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPException
 from pathlib import Path
 
 from PIL import Image
 from tqdm import tqdm
+from tqdm.contrib.concurrent import thread_map
 
 # The flower photos of TensorFlow's examples: 3,670 photos, 5 classes, CC BY 2.0.
 DEFAULT_SOURCE = "flower_photos"
@@ -38,6 +37,7 @@ ARCHIVE_SIZE = 228_813_984  # bytes
 ARCHIVE_SHA256 = "4c54ace7911aaffe13a365c34f650e71dd5bf1be0a58b464e5a7183e3e595d9c"
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM")  # by content; EPS runs a program
 SIDES = ("train", "val", "test")
 RECORD = "split.json"
 # What train.py keeps beside the folders that it reads, to be made again when they change.
@@ -56,18 +56,25 @@ def main(argv: list[str] | None = None) -> int:
         where = f": {error.filename}" if error.filename else ""
         raise SystemExit(f"error: {error.strerror or error}{where}") from error
     except KeyboardInterrupt:
-        print("\nstopped; nothing was changed", file=sys.stderr)
+        print("\nstopped", file=sys.stderr)
         return 130
     return 0
 
 
 def run(args: argparse.Namespace) -> None:
+    check_places(args.source, args.output)
     recover(args.output)
-    check_output(args.output)
-    beside = args.output.absolute().parent
-    beside.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="unpacked.", dir=beside) as scratch:
-        source = find_source(args.source, Path(scratch))
+    is_missing = args.source == Path(DEFAULT_SOURCE) and not args.source.exists()
+    beside = args.source if is_missing else args.output
+    beside.absolute().parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="unpacked.", dir=beside.absolute().parent) as scratch:
+        if is_missing:
+            unpack(download(Path(f"{DEFAULT_SOURCE}.tgz")), Path(scratch))
+            os.rename(class_root(Path(scratch)), args.source)
+        source = args.source
+        if not source.is_dir():
+            unpack(source, Path(scratch))
+            source = class_root(Path(scratch))
         classes = list_photos(source)
         digests = check_photos(source, classes)
         print_copies(digests)
@@ -79,25 +86,29 @@ def run(args: argparse.Namespace) -> None:
 # ------------------------------------------------------------------------------- the source
 
 
-def find_source(source: Path, scratch: Path) -> Path:
-    """The folder that holds the class folders, downloaded or unpacked first where need be."""
-    if source == Path(DEFAULT_SOURCE) and not source.exists():
-        archive = download(Path(f"{DEFAULT_SOURCE}.tgz"))
-        unpack(archive, scratch)
-        os.rename(class_root(scratch), source)
-        return source
-    if not source.exists():
+def check_places(source: Path, output: Path) -> None:
+    """Refuse a source that is none, and an output that is not this script's to replace."""
+    if not source.exists() and source != Path(DEFAULT_SOURCE):
         raise SystemExit(f"error: --source {source} does not exist")
-    if source.is_dir():
-        return source
-    unpack(source, scratch)
-    return class_root(scratch)
+    if (source / RECORD).exists():
+        raise SystemExit(f"error: --source {source} is a split; give the photos it was made from")
+    inside, outside = output.resolve(), source.resolve()
+    if inside == outside or inside in outside.parents or outside in inside.parents:
+        raise SystemExit(f"error: --output {output} and --source {source} lie in one another")
+    for folder in (output, new_folder(output), old_folder(output)):
+        if os.path.lexists(folder) and (name := foreign_file(folder)):
+            raise SystemExit(
+                f"error: split_data.py did not put {name} into {folder}; move it away, or give "
+                "another --output"
+            )
 
 
 def download(archive: Path) -> Path:
     """Fetch the flower photos to `archive`, by way of a .part file that is checked first."""
-    if archive.exists() and sha256(archive) == ARCHIVE_SHA256:
-        return archive
+    if archive.exists():
+        if sha256(archive) == ARCHIVE_SHA256:
+            return archive
+        raise SystemExit(f"error: {archive} is not the archive that is expected; move it away")
     part = archive.with_name(archive.name + ".part")
     print(f"downloading {ARCHIVE_URL}")
     try:
@@ -141,19 +152,18 @@ def unpack(archive: Path, folder: Path) -> None:
     try:
         with tarfile.open(archive) as tar:
             tar.extractall(folder, filter="data")
-    except tarfile.ReadError as error:
+    except Exception as error:  # tarfile and the decompressors raise almost any type
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise SystemExit(
-            f"error: --source {archive} is neither a folder nor a whole .tgz or .tar archive"
+            f"error: {archive} is neither a folder nor a whole .tgz or .tar of one ({reason})"
         ) from error
-    except (tarfile.TarError, EOFError, zlib.error) as error:
-        raise SystemExit(f"error: --source {archive} cannot be unpacked: {error}") from error
 
 
 def class_root(folder: Path) -> Path:
     """The folder of class folders in an unpacked archive, which often has one folder on top."""
-    inside = [path for path in folder.iterdir() if not path.name.startswith(".")]
-    if len(inside) == 1 and inside[0].is_dir() and any(p.is_dir() for p in inside[0].iterdir()):
-        return inside[0]
+    folders = [path for path in folder.iterdir() if path.is_dir()]
+    if len(folders) == 1 and any(path.is_dir() for path in folders[0].iterdir()):
+        return folders[0]
     return folder
 
 
@@ -174,7 +184,7 @@ def list_photos(source: Path) -> dict[str, list[str]]:
             hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
             if path.is_file() and not hidden and name.lower().endswith(IMAGE_SUFFIXES):
                 photos.append(name)
-            elif not path.is_dir():
+            elif path.is_symlink() or not path.is_dir():
                 skipped.append(name)
         if photos:
             classes[folder.name] = photos
@@ -203,27 +213,19 @@ def check_photos(source: Path, classes: dict[str, list[str]]) -> dict[str, str]:
 
     def check(name: str) -> tuple[str, str | None, str]:
         try:
-            with warnings.catch_warnings(), Image.open(source / name) as image:
-                warnings.simplefilter("ignore")
+            with Image.open(source / name, formats=FORMATS) as image:
                 image.load()
         except Exception as error:  # on a broken file Pillow raises almost any type
             return name, None, str(error).splitlines()[0] if str(error) else type(error).__name__
         return name, sha256(source / name), ""
 
     names = [name for photos in classes.values() for name in photos]
-    digests, broken = {}, []
-    with ThreadPoolExecutor(os.cpu_count()) as threads:
-        for name, digest, reason in tqdm(
-            threads.map(check, names),
-            total=len(names),
-            desc="checking",
-            unit="photo",
-            disable=None,  # no bar where nobody watches
-        ):
-            if digest:
-                digests[name] = digest
-            else:
-                broken.append(f"{name} ({reason})")
+    bar = {"desc": "checking", "unit": "photo", "disable": None}  # None: no bar if nobody watches
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        checked = thread_map(check, names, max_workers=os.cpu_count(), **bar)
+    digests = {name: digest for name, digest, _ in checked if digest}
+    broken = [f"{name} ({reason})" for name, digest, reason in checked if not digest]
     if broken:
         print_names("left out, they do not decode:", broken, most=len(broken))
     for label, photos in classes.items():
@@ -243,6 +245,7 @@ def assign_sides(
 ) -> dict[str, str]:
     """{photo: side}: int(n * rate) photos of every class to val and to test, the rest to train."""
     rng = random.Random(seed)
+    rates = {"val": val_rate, "test": test_rate}
     sides: dict[str, str] = {}
     # Copies of one photo on two sides would test the network on what it was shown, so what is
     # drawn is a digest with all its copies; a copy in another class follows the first one.
@@ -251,13 +254,7 @@ def assign_sides(
         copies: dict[str, list[str]] = {}
         for name in photos:
             copies.setdefault(digests[name], []).append(name)
-        wanted = {"val": int(len(photos) * val_rate), "test": int(len(photos) * test_rate)}
-        for side, rate in (("val", val_rate), ("test", test_rate)):
-            if rate and not wanted[side]:
-                raise SystemExit(
-                    f"error: class {label} has {len(photos)} photos, too few for a --{side}-rate "
-                    f"of {rate:g}: add photos, or raise the rate"
-                )
+        wanted = {side: int(len(photos) * rate + 1e-9) for side, rate in rates.items()}
         drawn = rng.sample(list(copies), len(copies))
         for digest in sorted(drawn, key=lambda digest: digest not in side_of):  # placed ones first
             n = len(copies[digest])
@@ -265,11 +262,12 @@ def assign_sides(
             side = side_of.setdefault(digest, free[0] if free else "train")
             wanted[side] = wanted.get(side, 0) - n
             sides.update(dict.fromkeys(copies[digest], side))
-    for label in classes:
-        if not any(s == "train" and name.split("/")[0] == label for name, s in sides.items()):
-            raise SystemExit(
-                f"error: class {label} has {len(classes[label])} photos, and none is left for train"
-            )
+        for side, rate in (rates | {"train": 1 - val_rate - test_rate}).items():
+            if rate and side not in {sides[name] for name in photos}:
+                raise SystemExit(
+                    f"error: class {label} has {len(copies)} different photos, too few to put one "
+                    f"into {side}: add photos, or change --val-rate and --test-rate"
+                )
     return sides
 
 
@@ -308,46 +306,46 @@ def print_counts(counts: dict[str, dict[str, int]], output: Path) -> None:
 
 
 def new_folder(output: Path) -> Path:
-    return output.with_name(output.name + ".new")
+    return output.with_name(output.name + ".split_data.new")
 
 
 def old_folder(output: Path) -> Path:
-    return output.with_name(output.name + ".old")
+    return output.with_name(output.name + ".split_data.old")
 
 
 def recover(output: Path) -> None:
     """Put right what a run that was killed has left behind."""
-    if old_folder(output).exists() and not output.exists() and is_own(old_folder(output)):
+    if old_folder(output).exists() and not output.exists():
         os.rename(old_folder(output), output)
     for leftover in (new_folder(output), old_folder(output)):
-        if leftover.exists() and is_own(leftover):
-            shutil.rmtree(leftover)
+        if leftover.exists():
+            remove(leftover)
 
 
-def is_own(folder: Path) -> bool:
-    """Whether this script made `folder` and everything in it (train.py's packs may be there)."""
-    if not folder.is_dir() or folder.is_symlink():
-        return False
+def remove(folder: Path) -> None:
+    """Remove a folder of ours, its record last, so that what a kill leaves is known as ours."""
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != RECORD:
+            path.unlink()
+    shutil.rmtree(folder)
+
+
+def foreign_file(folder: Path) -> str | None:
+    """The name of something in `folder` that neither this script nor train.py put there."""
+    record = folder / RECORD
+    known = {folder / name for name in (RECORD, RECORD + ".tmp", *PACKS)}
+    if folder.is_symlink() or not folder.is_dir():
+        return folder.name
     try:
-        files = json.loads((folder / RECORD).read_text(encoding="utf-8"))["files"]
-    except FileNotFoundError:
-        return not any(folder.iterdir())  # empty: begun a moment before the record was written
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-    known = {folder / RECORD} | {folder / pack for pack in PACKS}
-    for name in files:
-        known.add(folder / name)
-        known.update((folder / name).parents)
-    return all(path in known for path in folder.rglob("*"))
-
-
-def check_output(output: Path) -> None:
-    for folder in (output, new_folder(output), old_folder(output)):
-        if folder.exists() and not is_own(folder):
-            raise SystemExit(
-                f"error: {folder} holds something that split_data.py did not put there; "
-                "move it away, or give another --output"
-            )
+        files = json.loads(record.read_text(encoding="utf-8"))["files"] if record.exists() else []
+        for name in files:
+            known |= {folder / name, *(folder / name).parents}
+    except (ValueError, KeyError, TypeError):
+        return RECORD
+    found = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path not in known]
+    return min(found, default=None)
 
 
 def write_split(
@@ -366,8 +364,9 @@ def write_split(
     try:
         new.mkdir()
         # The record comes first, so that a folder which was never finished is known as ours.
-        text = json.dumps(record, indent=1, ensure_ascii=False)
-        (new / RECORD).write_text(text + "\n", encoding="utf-8")
+        partial = new / (RECORD + ".tmp")
+        partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        os.replace(partial, new / RECORD)
         for name, side in tqdm(sorted(sides.items()), desc="copying", unit="photo", disable=None):
             target = new / side / name
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -379,7 +378,7 @@ def write_split(
         recover(args.output)
         raise
     if old.exists():
-        shutil.rmtree(old)
+        remove(old)
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -415,6 +414,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--seed", type=int, default=0, help="another seed draws another split (default: 0)"
     )
     args = parser.parse_args(argv)
+    if args.output.name in ("", ".."):
+        parser.error(f"--output {args.output} has no name of its own; give a folder to make")
     if not 0 < args.val_rate < 1:
         parser.error(f"--val-rate must be above 0 and below 1, not {args.val_rate}")
     if not 0 <= args.test_rate < 1:

@@ -198,6 +198,12 @@ def test_sixteen_bit_grey_keeps_its_shades():
         assert np.asarray(found)[0, :, 0].tolist() == [0, 1, 128, 255]
 
 
+def test_pixels_of_unknown_scale_are_refused():
+    for values in (np.array([[0.5]], dtype=np.float32), np.array([[70_000]], dtype=np.int32)):
+        with pytest.raises(InputError):
+            read_image(saved(Image.fromarray(values), "tiff"))
+
+
 def test_palette_grey_one_bit_and_cmyk_come_out_right():
     image = Image.new("RGB", (16, 16), (200, 40, 10))
     assert read_image(saved(image.quantize(4))).getpixel((3, 3)) == (200, 40, 10)

@@ -155,6 +155,21 @@ def test_sources_that_are_none(tmp_path):
     ]  # fmt: skip
 
 
+def test_output_and_source_do_not_meet(twelve, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = split(twelve, tmp_path / "data")
+    for source, output in (
+        *(("photos", "photos"), ("photos", "photos/data"), ("data/train", "data"), (".", "data")),
+        *(("data", "data2"), ("photos", "photos/../photos")),
+    ):
+        error_of(split_data.main, "--source", source, "--output", output)
+    for output in (".", "..", "/", ""):
+        with pytest.raises(SystemExit) as caught:
+            split_data.main(["--source", "photos", "--output", output])
+        assert caught.value.code == 2
+    assert contents(tmp_path / "data") == before and len(contents(twelve)) == 22
+
+
 def test_a_folder_that_something_else_made_is_refused(twelve, tmp_path):
     output = tmp_path / "data"
     output.mkdir()
@@ -173,8 +188,23 @@ def test_an_own_folder_is_replaced_unless_a_foreign_file_is_in_it(twelve, tmp_pa
     assert set(second) != set(first) and not (output / "train.packed.npy").exists()
     (output / "train" / "a" / "mine.jpg").write_bytes(b"x")
     before = contents(output)
-    error_of(split_data.main, "--source", twelve, "--output", output)
+    assert "mine.jpg" in error_of(split_data.main, "--source", twelve, "--output", output)
     assert contents(output) == before
+    for record in ('{"files": 5}', '{"files": [1]}', "{}", "[]", "{"):
+        (output / "split.json").write_text(record)
+        error_of(split_data.main, "--source", twelve, "--output", output)
+
+
+def test_names_that_are_no_unicode_are_kept(tmp_path):
+    photos = draw_photos(tmp_path / "photos", {"a": 4, "b": 4})
+    try:
+        os.rename(photos / "a" / "00.jpg", os.fsencode(photos / "a") + b"/\xff.jpg")
+    except OSError:
+        pytest.skip("this file system takes no such names")
+    files = split(photos, tmp_path / "data", "--val-rate", "0.5")
+    del files["split.json"]
+    assert {name.split("/", 1)[1] for name in files} == set(contents(photos))
+    assert len(split(photos, tmp_path / "data", "--val-rate", "0.5")) == len(files) + 1
 
 
 def test_a_failure_while_copying_leaves_the_old_split(twelve, tmp_path, monkeypatch):
@@ -194,11 +224,45 @@ def test_a_failure_while_copying_leaves_the_old_split(twelve, tmp_path, monkeypa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "photos"]
 
 
+def test_a_class_of_copies_alone_is_too_few(tmp_path):
+    photos = draw_photos(tmp_path / "photos", {"a": 10, "b": 1})
+    for i in range(9):
+        shutil.copyfile(photos / "b" / "00.jpg", photos / "b" / f"copy{i}.jpg")
+    message = error_of(split_data.main, "--source", photos, "--output", tmp_path / "data")
+    assert "class b has 1 different" in message
+
+
+def test_a_kill_while_the_old_split_is_removed_is_put_right(twelve, tmp_path, monkeypatch):
+    output = tmp_path / "data"
+    split(twelve, output)
+    rmtree = shutil.rmtree
+
+    def killed(path):
+        rmtree(path)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(split_data, "remove", lambda folder: killed(folder / "train"))
+    argv = ["--source", str(twelve), "--output", str(output), "--seed", "2"]
+    assert split_data.main(argv) == 130
+    monkeypatch.undo()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "data",
+        "data.split_data.old",
+        "photos",
+    ]
+    after = contents(output)
+    split_data.recover(output)
+    assert contents(output) == after
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "photos"]
+
+
 def test_a_kill_between_the_renames_is_put_right_by_the_next_start(twelve, tmp_path):
     output = tmp_path / "data"
     before = split(twelve, output)
-    os.rename(output, tmp_path / "data.old")  # killed just after the old split was set aside
-    shutil.copytree(tmp_path / "data.old", tmp_path / "data.new")
+    os.rename(
+        output, tmp_path / "data.split_data.old"
+    )  # killed just after the old split was set aside
+    shutil.copytree(tmp_path / "data.split_data.old", tmp_path / "data.split_data.new")
     split_data.recover(output)
     assert contents(output) == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "photos"]
