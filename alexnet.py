@@ -169,9 +169,16 @@ class AlexNet(nn.Module):
             nn.Dropout(dropout),
             nn.Linear(4096, num_classes),  #                           (N, num_classes)
         )
+        if not self.mean.is_meta:  # which has no weights, and whose normal_() takes a second
+            self.initialize()
+
+    def initialize(self) -> None:
+        """Draw He's weights and set all biases to 0.
+
+        The paper's N(0, 0.01) and biases of 1 (section 5) presume raw pixels of 0..255: on
+        normalised ones the biases drown the image, and the network stays stuck.
+        """
         for layer in self.modules():
-            # He initialisation. The paper's N(0, 0.01) and biases of 1 presume raw pixels of
-            # 0..255: on normalised ones they drown the image, and the network stays stuck.
             if isinstance(layer, nn.Conv2d | nn.Linear):
                 nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
                 nn.init.zeros_(layer.bias)
