@@ -421,7 +421,8 @@ def make_run(
     torch.manual_seed(args.seed)
     net = AlexNet(len(train_set.classes), args.groups)
     net.mean.copy_(train_set.mean[:, None, None])
-    net.std.copy_(train_set.covariance.diagonal().sqrt()[:, None, None])
+    variance = train_set.covariance.diagonal().clamp(min=1 / 255**2)  # drawings may have none
+    net.std.copy_(variance.sqrt()[:, None, None])
     net.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(
         net.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay, fused=True
