@@ -63,7 +63,7 @@ LR_FACTOR = 0.1  # section 5: divided by 10 when the validation error stops impr
 MAX_LR_DROPS = 3  # and three times in all
 COLOR_NOISE = 0.1  # section 4.1: standard deviation of the random weights
 ASPECT_RATIOS = (3 / 4, 4 / 3)  # of the random crops
-CPU_PIECE = 64  # photos that a CPU takes at once
+CPU_PIECE = 32  # photos that a CPU takes at once
 CHECK_EVERY = 20  # batches between two looks at the loss, each of which waits for the device
 # What --resume takes from last.pt; everything else comes from the command line.
 RUN_OPTIONS = ("batch_size", "lr", "momentum", "weight_decay", "patience", "crop_area", "groups")
