@@ -228,43 +228,24 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "photos", nargs="+", type=Path, metavar="PHOTO", help="photos, or folders of photos"
-    )
-    parser.add_argument(
-        "--weights", type=Path, default=Path("AlexNet.pth"), help="(default: %(default)s)"
-    )
-    parser.add_argument(
-        "--classes", type=Path, help="the class names (default: class_idx.json beside the weights)"
-    )
-    parser.add_argument("--top-k", type=int, default=5, help="classes told (default: %(default)s)")
-    views = parser.add_mutually_exclusive_group()
-    views.add_argument(
-        "--ten-crop",
-        dest="views",
-        action="store_const",
-        const="ten-crop",
-        help="mean over corners, centre and mirror images (default, but for folders)",
-    )
-    views.add_argument(
-        "--center-crop",
-        dest="views",
-        action="store_const",
-        const="center-crop",
-        help="the central view alone: ten times as fast (default for folders)",
-    )
-    parser.add_argument(
-        "--device", default="auto", help="cpu, cuda, cuda:1, mps (default: the fastest there is)"
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object a line")
-    figure = parser.add_mutually_exclusive_group()
-    figure.add_argument(
-        "--save",
-        type=Path,
-        metavar="FILE",
-        help="write the figure to FILE (.png, .pdf, .svg) instead of showing it",
-    )
-    figure.add_argument("--no-figure", action="store_true", help="print only")
+    add = parser.add_argument
+    add("photos", nargs="+", type=Path, metavar="PHOTO", help="photos, or folders of photos")
+    add("--weights", type=Path, default=Path("AlexNet.pth"), help="(default: %(default)s)")
+    add("--classes", type=Path, help="class names (default: class_idx.json beside the weights)")
+    add("--top-k", type=int, default=5, help="classes told of a photo (default: %(default)s)")
+    add("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: the fastest there is)")
+    add("--json", action="store_true", help="print one JSON object a line")
+
+    add = parser.add_mutually_exclusive_group().add_argument
+    ten = "mean over corners, centre and mirror images (default, but for folders)"
+    add("--ten-crop", dest="views", action="store_const", const="ten-crop", help=ten)
+    center = "the central view alone, for a tenth of the work (default for folders)"
+    add("--center-crop", dest="views", action="store_const", const="center-crop", help=center)
+
+    add = parser.add_mutually_exclusive_group().add_argument
+    save = "write one photo's figure to FILE (.png, .pdf, .svg) instead of showing it"
+    add("--save", type=Path, metavar="FILE", help=save)
+    add("--no-figure", action="store_true", help="print only")
     args = parser.parse_args(argv)
     if args.top_k < 1:
         parser.error("--top-k must be at least 1")

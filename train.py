@@ -66,8 +66,7 @@ ASPECT_RATIOS = (3 / 4, 4 / 3)  # of the random crops
 CPU_PIECE = 32  # photos that a CPU takes at once
 CHECK_EVERY = 20  # batches between two looks at the loss, each of which waits for the device
 # What --resume takes from last.pt; everything else comes from the command line.
-RUN_OPTIONS = ("batch_size", "lr", "momentum", "weight_decay", "patience", "crop_area", "groups")
-RUN_OPTIONS += ("seed",)
+RUN_OPTIONS = "batch_size lr momentum weight_decay patience crop_area groups seed".split()
 
 
 def main(argv: list[str] | None = None) -> int:
