@@ -126,11 +126,11 @@ def train(args: argparse.Namespace) -> None:
     if run.has_ended():
         print(f"nothing left to do: the run has ended after epoch {len(run.history)}")
     else:
-        (args.output / "run.json").unlink(missing_ok=True)
         print_header()
     while not run.has_ended():
         run_epoch(run)
         save_checkpoint(run)
+        (args.output / "run.json").unlink(missing_ok=True)
         write_results(run)
         print_epoch(run)
     if not (args.output / "run.json").exists():
@@ -578,7 +578,7 @@ def load_checkpoint(run: Run, checkpoint: dict[str, Any]) -> None:
 
 
 def prepare_output(run: Run) -> None:
-    """Make sure that the files have room; take away an earlier run's; write class_idx.json."""
+    """Make sure that the files have room; write class_idx.json."""
     output = run.args.output
     output.mkdir(parents=True, exist_ok=True)
     old = [path for path in (output / "last.pt", output / "AlexNet.pth") if path.exists()]
@@ -586,11 +586,13 @@ def prepare_output(run: Run) -> None:
     if free < disk_needed(run):
         needed = f"{disk_needed(run) / 1e9:.1f}"
         raise InputError(f"{output} has {free / 1e9:.1f} GB free, and the run needs {needed}")
-    if run.args.overwrite:  # an old network must not meet a new list of classes
-        for path in old:
-            path.unlink()
+    if not old:  # an earlier run's files stand until an epoch of this one is whole
+        write_classes(run)
+
+
+def write_classes(run: Run) -> None:
     index = {str(i): label for i, label in enumerate(run.train_set.classes)}
-    write_text(output / "class_idx.json", json.dumps(index, indent=1, ensure_ascii=False))
+    write_text(run.args.output / "class_idx.json", json.dumps(index, indent=1, ensure_ascii=False))
 
 
 def disk_needed(run: Run) -> int:
@@ -615,6 +617,7 @@ def save_checkpoint(run: Run) -> None:
 def write_results(run: Run) -> None:
     """Write what follows from last.pt; a resumed run does so first, in case it was killed here."""
     output = run.args.output
+    write_classes(run)
     if run.best() is run.history[-1]:
         save_tensors(output / "AlexNet.pth", run.net.state_dict())
     write_text(output / "history.csv", history_text(run.history))

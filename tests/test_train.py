@@ -421,6 +421,18 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(data, tmp_pat
     assert {path.name for path in tmp_path.iterdir()} == {"class_idx.json"}
 
 
+def test_overwriting_keeps_the_earlier_run_until_an_epoch_is_whole(trained, data, tmp_path):
+    copy = shutil.copytree(trained, tmp_path / "run")
+    before = {path.name: path.read_bytes() for path in copy.iterdir()}
+    error_of(train.main, "--data", data, "--output", copy, "--lr", "1e9", "--overwrite")
+    assert {path.name: path.read_bytes() for path in copy.iterdir()} == before
+    argv = ["--data", str(data), "--output", str(copy), "--seed", "1", "--epochs", "1"]
+    assert train.main([*argv, "--overwrite"]) == 0
+    assert {path.name for path in copy.iterdir()} == FILES
+    assert (copy / "AlexNet.pth").read_bytes() != before["AlexNet.pth"]
+    assert len(history_of(copy)) == 1
+
+
 def test_ctrl_c_says_how_to_go_on(trained, data, tmp_path, monkeypatch, capsys):
     copy = shutil.copytree(trained, tmp_path / "run")
     before = {name: (copy / name).read_bytes() for name in ("AlexNet.pth", "last.pt")}
