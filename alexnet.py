@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 IMAGE_SIZE = 256  # pixels a side of every stored photo (section 2)
 CROP_SIZE = 224  # pixels a side of what the network sees (section 4.1)
@@ -92,12 +93,10 @@ def _denominator(
 def _window_sum(x: Tensor, before: int, after: int) -> Tensor:
     """Sum over the channels i - before ... i + after of (N, C, ...), zero outside."""
     channels = x.shape[1]
-    total = x.clone()
-    for shift in range(1, min(max(before, after), channels - 1) + 1):
-        if shift <= before:
-            total[:, shift:].add_(x[:, : channels - shift])
-        if shift <= after:
-            total[:, : channels - shift].add_(x[:, shift:])
+    padded = F.pad(x, (0, 0) * (x.dim() - 2) + (before, after))
+    total = padded[:, :channels].clone()
+    for shift in range(1, before + after + 1):
+        total.add_(padded[:, shift : shift + channels])
     return total
 
 

@@ -101,13 +101,20 @@ def test_local_response_norm_passes_gradcheck(size):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_local_response_norm_in_half_precision_is_float32_rounded_once(dtype):
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_local_response_norm_in_half_precision_is_float32_rounded_once(dtype, layout):
     torch.manual_seed(0)
-    x = (30 * torch.randn(2, 96, 5, 5)).to(dtype)
+    x = (30 * torch.randn(2, 96, 5, 5)).to(dtype).to(memory_format=layout).requires_grad_()
+    exact_x = x.detach().float().requires_grad_()
     norm = LocalResponseNorm(5, alpha=5e-4, beta=0.75, k=2.0)
-    y, exact = norm(x), norm(x.float())
-    assert y.dtype == dtype
+    y, exact = norm(x), norm(exact_x)
+    grad = torch.randn(y.shape).to(dtype)
+    (gradient,) = torch.autograd.grad(y, x, grad)
+    (exact_gradient,) = torch.autograd.grad(exact, exact_x, grad.float())
+    assert y.dtype == gradient.dtype == dtype
+    assert y.stride() == gradient.stride() == x.stride()
     torch.testing.assert_close(y, exact.to(dtype), rtol=0, atol=0)
+    torch.testing.assert_close(gradient, exact_gradient.to(dtype), rtol=0, atol=0)
 
 
 def test_local_response_norm_is_the_formula_of_the_paper():

@@ -253,6 +253,7 @@ def small_run(data, tmp_path) -> train.Run:
 
 def test_accumulation_gives_the_update_of_the_whole_batch(small_run):
     run = small_run
+    run.net.double()  # in float32 rounding decides which of two equal pixels of a pool is larger
     start = {name: tensor.clone() for name, tensor in run.net.state_dict().items()}
     draws = train.draw_epoch(run.train_set, 0, 1, 0.35)
     updates = []
@@ -266,7 +267,7 @@ def test_accumulation_gives_the_update_of_the_whole_batch(small_run):
         updates.append((totals, update))
     for totals, update in updates[1:]:
         torch.testing.assert_close(totals, updates[0][0], rtol=1e-5, atol=1e-5)
-        assert (update - updates[0][1]).norm() < 1e-4 * updates[0][1].norm()
+        assert (update - updates[0][1]).norm() < 1e-9 * updates[0][1].norm()
 
 
 def test_a_step_is_the_step_of_the_paper(small_run):
