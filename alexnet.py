@@ -172,15 +172,26 @@ class AlexNet(nn.Module):
             self.initialize()
 
     def initialize(self) -> None:
-        """Draw He's weights and set all biases to 0.
-
-        The paper's N(0, 0.01) and biases of 1 (section 5) presume raw pixels of 0..255: on
-        normalised ones the biases drown the image, and the network stays stuck.
-        """
+        """Draw He's weights and set all biases to 0."""
         for layer in self.modules():
             if isinstance(layer, nn.Conv2d | nn.Linear):
                 nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
                 nn.init.zeros_(layer.bias)
+
+    def initialize_as_2012(self) -> None:
+        """Draw the weights of section 5: N(0, 0.01), biases 1 where ReLUs should start alive.
+
+        conv3, conv4 and conv5 get 0.03, as in the 2012 source (layers-145.cfg). All of it presumes
+        raw pixels of 0..255 less their mean: on normalised ones, 60 times smaller, the biases
+        drown the image and the network stays stuck. So `std` becomes 1 / 255.
+        """
+        self.std.fill_(1 / 255)
+        layers = [layer for layer in self.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
+        deviations = (0.01, 0.01, 0.03, 0.03, 0.03, 0.01, 0.01, 0.01)
+        biases = (0.0, 1.0, 0.0, 1.0, 1.0, 1.0, 1.0, 0.0)
+        for layer, deviation, bias in zip(layers, deviations, biases, strict=True):
+            nn.init.normal_(layer.weight, std=deviation)
+            nn.init.constant_(layer.bias, bias)
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.features((images - self.mean) / self.std)

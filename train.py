@@ -61,12 +61,15 @@ from alexnet import (
 WARMUP_EPOCHS = 3  # the learning rate rises to --lr over these
 LR_FACTOR = 0.1  # section 5: divided by 10 when the validation error stops improving,
 MAX_LR_DROPS = 3  # and three times in all
+STUCK_EPOCHS = 6  # as many on the starting plateau, and the user is told
 COLOR_NOISE = 0.1  # section 4.1: standard deviation of the random weights
 ASPECT_RATIOS = (3 / 4, 4 / 3)  # of the random crops
 CPU_PIECE = 64  # photos that a CPU takes at once
 CHECK_EVERY = 20  # batches between two looks at the loss, each of which waits for the device
 # What --resume takes from last.pt; everything else comes from the command line.
-RUN_OPTIONS = "batch_size lr momentum weight_decay patience crop_area groups seed".split()
+RUN_OPTIONS = "recipe batch_size lr momentum weight_decay patience crop_area groups seed".split()
+# The defaults of --recipe paper; its weights and biases are AlexNet.initialize_as_2012.
+PAPER = {"batch_size": 128, "crop_area": 0.0, "groups": 2}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -420,6 +423,8 @@ def make_run(
     net.mean.copy_(train_set.mean[:, None, None])
     variance = train_set.covariance.diagonal().clamp(min=1 / 255**2)  # drawings may have none
     net.std.copy_(variance.sqrt()[:, None, None])
+    if args.recipe == "paper":
+        net.initialize_as_2012()
     net.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(
         net.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay, fused=True
@@ -674,6 +679,7 @@ def report(run: Run) -> None:
     facts = {
         "options": {name: getattr(run.args, name) for name in RUN_OPTIONS},
         "classes": run.train_set.classes,
+        "split": read_split(run.args.data),
         "photos": {"train": run.train_set.counts(), "val": run.val_set.counts()},
         "epochs": len(run.history),
         "best_epoch": best["epoch"],
@@ -688,6 +694,15 @@ def report(run: Run) -> None:
         f"accuracy {best['val_accuracy']:.4f} by center-crop, {ten_crop:.4f} by ten-crop"
     )
     print(f"the weights are in {output / 'AlexNet.pth'}; now `python predict.py` a photo")
+
+
+def read_split(data: Path) -> dict[str, Any]:
+    """How split_data.py drew the photos; empty where another hand laid them out."""
+    try:
+        record = json.loads((data / "split.json").read_text(encoding="utf-8"))
+        return {name: record[name] for name in ("seed", "val_rate", "test_rate")}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 # ------------------------------------------------------------------------------- on the screen
@@ -733,6 +748,13 @@ def print_epoch(run: Run) -> None:
     if row["epoch"] == 1 and left:
         minutes = round(left * row["seconds"] / 60)
         print(f"      about {minutes // 60} h {minutes % 60:02} min for the {left} epochs left")
+    share = run.val_set.largest_share()
+    if row["epoch"] == STUCK_EPOCHS and run.best()["val_accuracy"] < share + 0.01:
+        print(
+            f"      hint: after {STUCK_EPOCHS} epochs no better than always answering the largest "
+            f"class; try --lr {run.args.lr / 3:.2g}, with few photos --batch-size 16 or more "
+            "epochs, and see whether the folders hold what their names say"
+        )
     sys.stdout.flush()
 
 
@@ -750,6 +772,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--overwrite", action="store_true", help="replace the run in --output by a new one")
 
     add = parser.add_argument_group("training, in brackets what the paper did").add_argument
+    recipe = "paper: start from the paper's weights and biases on raw pixels, with its options"
+    add("--recipe", choices=("default", "paper"), default="default", help=recipe)
     add("--epochs", type=count, default=90, help="passes over the training set, at most [90]")
     add("--batch-size", type=count, default=32, help="photos a step [128]")
     add("--lr", type=within(float, 1e-12, 1e12), default=0.01, help="learning rate [0.01]")
@@ -771,6 +795,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--precision", choices=choices, default="auto", help=precision)
 
     args = parser.parse_args(argv)
+    if args.recipe == "paper":
+        parser.set_defaults(**PAPER)
+        args = parser.parse_args(argv)
     if args.resume and args.overwrite:
         parser.error("--resume and --overwrite contradict each other")
     # Parsed once more without defaults: what was given on the command line.

@@ -1,7 +1,7 @@
 """Measure speed and memory beside stock PyTorch, on drawn photos; a person runs this.
 
     python tests/benchmark.py                      # about ten minutes on two CPU cores
-    python tests/benchmark.py --rounds 5 --precision float32
+    python tests/benchmark.py --rounds 5
 
 Stock is the same network as a tutorial writes it: nn.LocalResponseNorm, contiguous float32
 tensors, an ImageFolder with RandomResizedCrop, flip and ColorJitter, a DataLoader without workers,
@@ -191,40 +191,41 @@ def measure_products(precision: str) -> dict[str, float]:
     return {"products": 3 * 2 * 4096**3 / (time.perf_counter() - start) / 1e9}
 
 
-def work(name: str, data: Path, precision: str) -> dict[str, float]:
+def work(name: str, data: Path) -> dict[str, float]:
+    """Measure one thing; `name` is a side (stock, kept or the precision of ours) and what."""
     side, what = name.split()
+    ours = side not in ("stock", "kept")
     if what == "lrn":
-        return measure_lrn(side == "ours")
+        return measure_lrn(ours)
     if what == "products":
-        return measure_products(precision)
+        return measure_products(side)
     size = 128 if what == "memory" else BATCH
-    batches = our_batches(data, precision, size) if side == "ours" else stock_batches(data, size)
+    batches = our_batches(data, side, size) if ours else stock_batches(data, size)
     return measure_memory(batches) if what == "memory" else measure_speed(batches)
 
 
 # ------------------------------------------------------------------------------- the table
 
 
-def spawn(name: str, data: Path, precision: str, **environment: str) -> dict[str, float]:
+def spawn(name: str, data: Path) -> dict[str, float]:
     """Measure in a fresh process; start-up is timed from outside it."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "OMP_", "KMP_"))}
-    commands = {
-        "ours start": [ROOT / "predict.py", data / "photo.jpg", "--no-figure"],
-        "stock start": ["-c", "import torch"],
-    }
-    worker = [__file__, "--work", name, "--data", data, "--precision", precision]
-    command = [sys.executable, *commands.get(name, worker)]
+    command = [sys.executable, __file__, "--work", name, "--data", data]
+    if name == "stock start":
+        command[1:] = ["-c", "import torch"]
+    elif name.endswith("start"):
+        command[1:] = [ROOT / "predict.py", data / "photo.jpg", "--no-figure"]
     start = time.perf_counter()
     result = subprocess.run(
         [*map(str, command)],
-        env=clean | environment,
+        env=clean | (KEEP_BLOCKS if name.startswith("kept") else {}),
         cwd=data,
         check=True,
         capture_output=True,
         text=True,
     )
     seconds = time.perf_counter() - start
-    return {"start": seconds} if name in commands else json.loads(result.stdout.splitlines()[-1])
+    return {"start": seconds} if name.endswith("start") else json.loads(result.stdout)
 
 
 def prepare(data: Path) -> None:
@@ -245,72 +246,63 @@ def prepare(data: Path) -> None:
     (data / "class_idx.json").write_text(json.dumps(names))
 
 
-def print_table(found: dict[str, dict[str, float]], precision: str) -> None:
-
+def print_table(found: dict[str, dict[str, float]], precisions: list[str]) -> None:
     cpu = platform.processor() or platform.machine()
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads of {cpu}, {precision}")
-    print(f"{'':<46}{'ours':>9}{'stock':>9}{'ratio':>8}")
-    ours, stock, kept = found["ours speed"], found["stock speed"], found["kept speed"]
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads of {cpu}")
+    print(f"{'':<46}{'stock':>9}" + "".join(f"{p:>10}{'ratio':>7}" for p in precisions))
     rows = [
-        ("whole training, images/s", ours["training"], stock["training"]),
-        ("  stock with our allocator settings", ours["training"], kept["training"]),
-        ("steps alone, images/s", ours["steps"], stock["steps"]),
-        ("  stock with our allocator settings", ours["steps"], kept["steps"]),
-        ("share of training spent on input", ours["input share"], stock["input share"]),
+        ("whole training, images/s", "speed", "training", "stock"),
+        ("  stock with our allocator settings", "speed", "training", "kept"),
+        ("steps alone, images/s", "speed", "steps", "stock"),
+        ("  stock with our allocator settings", "speed", "steps", "kept"),
+        ("share of training spent on input", "speed", "input share", "stock"),
+        ("LRN forward and backward, batch 64, ms", "lrn", "lrn", "stock"),
+        ("peak memory at batch 128, MiB", "memory", "memory", "stock"),
+        ("predict.py against import torch, s", "start", "start", "stock"),
     ]
-    for name, what, key in (
-        ("LRN forward and backward, batch 64, ms", "lrn", "lrn"),
-        ("peak memory at batch 128, MiB", "memory", "memory"),
-        ("predict.py against import torch, s", "start", "start"),
-    ):
-        rows.append((name, found[f"ours {what}"][key], found[f"stock {what}"][key]))
-    for name, a, b in rows:
-        print(f"{name:<46}{a:>9.3g}{b:>9.3g}{a / b:>8.2f}")
-    rate = found["ours products"]["products"]
-    share = ours["steps"] * STEP_GFLOP / rate
-    print(f"steps: {share:.2f} of the {rate:.0f} GFLOP/s of 4096 x 4096 products in {precision}")
+    for title, what, key, side in rows:
+        stock = found[f"{side} {what}"][key]
+        line = f"{title:<46}{stock:>9.3g}"
+        for precision in precisions:
+            ours = found.get(f"{precision} {what}", found.get(f"{precisions[0]} {what}"))[key]
+            line += f"{ours:>10.3g}{ours / stock:>7.2f}"
+        print(line)
+    for precision in precisions:
+        rate = found[f"{precision} products"]["products"]
+        share = found[f"{precision} speed"]["steps"] * STEP_GFLOP / rate
+        print(f"{precision} steps: {share:.2f} of the {rate:.0f} GFLOP/s of 4096 x 4096 products")
 
 
 def main(argv: list[str] | None = None) -> int:
+    import train
+
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rounds", type=int, default=3, help="(default: %(default)s)")
-    parser.add_argument(
-        "--precision", default="auto", help="ours; stock is float32 (default: auto)"
-    )
     parser.add_argument("--work", help=argparse.SUPPRESS)
     parser.add_argument("--data", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.work:
-        print(json.dumps(work(args.work, args.data, args.precision)))
+        print(json.dumps(work(args.work, args.data)))
         return 0
-    names = [
-        *("ours speed", "stock speed", "kept speed", "ours lrn", "stock lrn", "ours memory"),
-        *("stock memory", "ours start", "stock start", "ours products"),
-    ]
+    native = train.pick_precision("auto", torch.device("cpu"))
+    precisions = ["bfloat16", "float32"] if native == torch.bfloat16 else ["float32"]
+    names = ["stock speed", "kept speed", "stock lrn", "stock memory", "stock start"]
+    names += [f"{p} {what}" for p in precisions for what in ("speed", "memory", "products")]
+    names += [f"{precisions[0]} {what}" for what in ("lrn", "start")]
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder)
         prepare(data)
         rounds = []
         for number in range(args.rounds):
             print(f"round {number + 1} of {args.rounds}", file=sys.stderr)
-            rounds.append(
-                {
-                    name: spawn(
-                        name.replace("kept", "stock"),
-                        data,
-                        args.precision,
-                        **(KEEP_BLOCKS if name.startswith("kept") else {}),
-                    )
-                    for name in names
-                }
-            )
+            rounds.append({name: spawn(name, data) for name in names})
     found = {
         name: {key: statistics.median(r[name][key] for r in rounds) for key in rounds[0][name]}
         for name in names
     }
-    print_table(found, args.precision)
+    print_table(found, precisions)
     return 0
 
 

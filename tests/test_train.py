@@ -184,6 +184,7 @@ def test_a_run_leaves_its_files_and_nothing_else(trained, data):
     best = max(float(row["val_accuracy"]) for row in rows)
     assert facts["val_accuracy"]["center-crop"] == pytest.approx(best, abs=1e-6)
     assert 0 <= facts["val_accuracy"]["ten-crop"] <= 1 and facts["epochs"] == 2
+    assert facts["split"] == {"seed": 0, "val_rate": 0.2, "test_rate": 0.0}
     for name in ("curves.png", "kernels.png"):
         with Image.open(trained / name) as image:
             assert image.width >= 600 and len(image.convert("RGB").getcolors(1 << 20)) > 50
@@ -327,6 +328,22 @@ def test_a_step_in_half_precision_goes_where_float32_goes(small_run, precision):
     assert updates[1].norm() == pytest.approx(updates[0].norm().item(), rel=0.1)
 
 
+def test_the_recipe_of_the_paper_sets_its_options_weights_and_biases(data, tmp_path):
+    args = args_of("--recipe", "paper", "--data", str(data), "--batch-size", "64")
+    assert (args.batch_size, args.crop_area, args.groups) == (64, 0.0, 2)  # what is given counts
+    assert args.given == {"recipe", "batch_size"}
+    sets = [train.pack(data / side, tmp_path) for side in ("train", "val")]
+    net = train.make_run(args, *sets, torch.device("cpu"), torch.float32).net
+    layers = [net.features[i] for i in (1, 5, 9, 11, 13)] + [net.classifier[i] for i in (0, 3, 6)]
+    deviations = [round(layer.weight.std().item(), 3) for layer in layers]
+    assert deviations == [0.01, 0.01, 0.03, 0.03, 0.03, 0.01, 0.01, 0.01]
+    assert [layer.bias.unique().tolist() for layer in layers] == [
+        *([0.0], [1.0], [0.0], [1.0], [1.0], [1.0], [1.0], [0.0])
+    ]
+    assert net.std.flatten().tolist() == pytest.approx([1 / 255] * 3)
+    assert torch.equal(net.mean.flatten(), sets[0].mean)
+
+
 # ------------------------------------------------------------- the learning rate, without training
 
 
@@ -352,6 +369,17 @@ def test_ties_on_the_starting_plateau_do_not_lower_the_learning_rate(scripted, s
     share = small_run.val_set.largest_share()
     run = scripted([(1.6, share)] * 30, patience=2)
     assert [row["lr"] for row in run.history] == [0.01] * 30
+
+
+def test_a_user_whose_network_is_stuck_is_told_once(scripted, small_run, capsys):
+    share = small_run.val_set.largest_share()
+    for stuck in (True, False):
+        small_run.history.clear()
+        for epoch in range(1, 9):
+            scripted([(1.6, share if stuck else 0.9)], patience=100)
+            train.print_epoch(small_run)
+            hinted = "largest class; try --lr" in capsys.readouterr().out
+            assert hinted == (stuck and epoch == train.STUCK_EPOCHS)
 
 
 def test_the_rate_drops_by_ten_when_the_loss_stalls_and_a_fourth_drop_ends_the_run(scripted):
