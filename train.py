@@ -3,6 +3,7 @@
     python train.py                                   # 90 epochs at most; Ctrl-C stops it
     python train.py --resume                          # goes on after the last whole epoch
     python train.py --data my_data --output my_run --epochs 30 --batch-size 128
+    torchrun --nproc-per-node 4 train.py --batch-size 128     # on four cards
 
 Writes into --output: last.pt (what --resume needs), AlexNet.pth (the best epoch's weights),
 class_idx.json, history.csv, curves.png, and at the end run.json and kernels.png. The decoded
@@ -15,6 +16,7 @@ import argparse
 import contextlib
 import csv
 import ctypes
+import datetime
 import io
 import itertools
 import json
@@ -25,7 +27,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,9 +35,11 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from matplotlib.figure import Figure
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchvision.utils import save_image
 from tqdm import tqdm
@@ -66,6 +70,9 @@ COLOR_NOISE = 0.1  # section 4.1: standard deviation of the random weights
 ASPECT_RATIOS = (3 / 4, 4 / 3)  # of the random crops
 CPU_PIECE = 64  # photos that a CPU takes at once
 CHECK_EVERY = 20  # batches between two looks at the loss, each of which waits for the device
+# torchrun starts many processes, a card each; alone, this is process 0 of 1. All draw the same
+# epoch and take every WORLD_SIZE-th photo of a batch; process 0 writes, the others wait for it.
+RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 # What --resume takes from last.pt; everything else comes from the command line.
 RUN_OPTIONS = "recipe batch_size lr momentum weight_decay patience crop_area groups seed".split()
 # The defaults of --recipe paper; its weights and biases are AlexNet.initialize_as_2012.
@@ -76,7 +83,8 @@ def main(argv: list[str] | None = None) -> int:
     setup_console()
     args = parse_args(argv)
     try:
-        train(args)
+        with processes(args.device):
+            train(args)
     except InputError as error:
         raise SystemExit(f"error: {error}") from error
     except OSError as error:
@@ -107,6 +115,45 @@ def keep_large_blocks() -> None:
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: 2 GB may lie free
 
 
+@contextlib.contextmanager
+def processes(device: str) -> Iterator[None]:
+    """Connect the processes of torchrun; all but process 0 are silent. Nothing where there is one.
+
+    NCCL carries the gradients between CUDA cards, gloo between CPUs.
+    """
+    if WORLD_SIZE == 1:
+        yield
+        return
+    cuda = torch.cuda.is_available() and device != "cpu"
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    a_day = datetime.timedelta(days=1)  # packing may take hours, and the others wait for it
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=a_day)
+    quiet = contextlib.redirect_stdout(open(os.devnull, "w")) if RANK else contextlib.nullcontext()
+    if RANK:
+        os.environ["TQDM_DISABLE"] = "1"
+    with quiet:
+        yield
+    dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def process_0_first() -> Iterator[None]:
+    """Process 0 goes through the block before the others do."""
+    if RANK:
+        dist.barrier()
+    yield
+    if WORLD_SIZE > 1 and not RANK:
+        dist.barrier()
+
+
+def sum_over_processes(numbers: Tensor) -> Tensor:
+    if WORLD_SIZE > 1:
+        numbers = numbers.clone()
+        dist.all_reduce(numbers)
+    return numbers
+
+
 def is_out_of_memory(error: Exception) -> bool:
     words = ("out of memory", "ALLOC_FAILED", "can't allocate memory", "not enough memory")
     return isinstance(error, MemoryError) or any(word in str(error) for word in words)
@@ -117,26 +164,31 @@ def train(args: argparse.Namespace) -> None:
     device = pick_device(args.device)
     precision = pick_precision(args.precision, device)
     checkpoint = open_checkpoint(args)
-    train_set = pack(args.data / "train", args.output)
-    val_set = pack(args.data / "val", args.output, train_set.classes)
+    is_reported = checkpoint is not None and (args.output / "run.json").exists()
+    with process_0_first():
+        train_set = pack(args.data / "train", args.output)
+        val_set = pack(args.data / "val", args.output, train_set.classes)
     run = make_run(args, train_set, val_set, device, precision)
     if checkpoint:
         load_checkpoint(run, checkpoint)
     print_facts(run)
-    prepare_output(run)
-    if checkpoint:
-        write_results(run)
+    if RANK == 0:
+        prepare_output(run)
+        if checkpoint:
+            write_results(run)
     if run.has_ended():
         print(f"nothing left to do: the run has ended after epoch {len(run.history)}")
     else:
         print_header()
     while not run.has_ended():
         run_epoch(run)
-        save_checkpoint(run)
-        (args.output / "run.json").unlink(missing_ok=True)
-        write_results(run)
-        print_epoch(run)
-    if not (args.output / "run.json").exists():
+        is_reported = False
+        if RANK == 0:
+            save_checkpoint(run)
+            (args.output / "run.json").unlink(missing_ok=True)
+            write_results(run)
+            print_epoch(run)
+    if not is_reported:
         report(run)
 
 
@@ -386,6 +438,7 @@ class Run:
     device: torch.device
     precision: torch.dtype
     net: AlexNet
+    model: nn.Module  # the network as training calls it: itself, or what joins many processes
     optimizer: torch.optim.SGD
     scheduler: ReduceLROnPlateau
     scaler: torch.amp.GradScaler
@@ -433,7 +486,10 @@ def make_run(
         optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     scheduler = ReduceLROnPlateau(optimizer, factor=LR_FACTOR, patience=args.patience, eps=0)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
-    return Run(args, train_set, val_set, device, precision, net, optimizer, scheduler, scaler)
+    model = DistributedDataParallel(net, broadcast_buffers=False) if WORLD_SIZE > 1 else net
+    return Run(
+        args, train_set, val_set, device, precision, net, model, optimizer, scheduler, scaler
+    )
 
 
 def run_epoch(run: Run) -> None:
@@ -466,7 +522,7 @@ def train_one_epoch(run: Run, epoch: int) -> tuple[float, float]:
     """One pass over the training set; returns its mean loss and accuracy, in training mode."""
     args, n = run.args, len(run.train_set)
     draws = draw_epoch(run.train_set, args.seed, epoch, args.crop_area)
-    torch.manual_seed(epoch_seed(args.seed, epoch))  # for dropout
+    torch.manual_seed(epoch_seed(args.seed, epoch) + (RANK << 40))  # for dropout
     run.net.train()
     batches = torch.arange(n).split(args.batch_size)
     totals = torch.zeros(2, device=run.device)  # loss and right answers, summed over photos
@@ -479,7 +535,7 @@ def train_one_epoch(run: Run, epoch: int) -> tuple[float, float]:
             bar.update(len(batch))
             if number % CHECK_EVERY == 0 or number == len(batches):
                 seen = min(number * args.batch_size, n)
-                loss, accuracy = (totals / seen).tolist()
+                loss, accuracy = (sum_over_processes(totals) / seen).tolist()
                 if not math.isfinite(loss):
                     raise InputError(
                         f"the loss is no longer a number in epoch {epoch}, batch {number}, at the "
@@ -496,12 +552,13 @@ def train_one_batch(run: Run, draws: Draws, batch: Tensor) -> Tensor:
     if run.device.type == "cpu":  # which is as fast on a few photos, in a fraction of the memory
         pieces = max(pieces, math.ceil(len(batch) / CPU_PIECE))
     with run.autocast():  # around all pieces, so that the weights are cast once
-        for piece in batch.chunk(pieces):
+        for piece in batch[RANK::WORLD_SIZE].tensor_split(pieces):
             images, labels = make_batch(run.train_set, draws, piece, run.device)
-            logits = run.net(images)
+            logits = run.model(images)
             loss = F.cross_entropy(logits, labels, reduction="sum")
-            # Summed over the piece and divided by the batch: pieces add up to its gradient.
-            run.scaler.scale(loss / len(batch)).backward()
+            # Summed over the piece and divided by the batch: pieces add up to its gradient. Over
+            # processes the gradients are averaged, hence their number.
+            run.scaler.scale(loss * (WORLD_SIZE / len(batch))).backward()
             totals += torch.stack([loss.detach(), (logits.argmax(1) == labels).sum()])
     run.scaler.step(run.optimizer)
     run.scaler.update()
@@ -513,7 +570,7 @@ def evaluate(run: Run, views: str) -> tuple[float, float]:
     """Loss and accuracy on the validation set, by the mean of the views' probabilities."""
     run.net.eval()
     totals = torch.zeros(2, device=run.device)
-    rows = torch.arange(len(run.val_set)).split(photos_at_once(views))
+    rows = torch.arange(len(run.val_set))[RANK::WORLD_SIZE].split(photos_at_once(views))
     for batch in tqdm(rows, desc=f"evaluating, {views}", leave=False, disable=None):
         photos = torch.from_numpy(run.val_set.photos[batch.numpy()]).to(run.device)
         labels = run.val_set.labels[batch].to(run.device)
@@ -521,7 +578,7 @@ def evaluate(run: Run, views: str) -> tuple[float, float]:
             probabilities = predict_probabilities(run.net, to_float(photos), views)
         loss = F.nll_loss(probabilities.clamp(min=1e-12).log(), labels, reduction="sum")
         totals += torch.stack([loss, (probabilities.argmax(1) == labels).sum()])
-    loss, accuracy = (totals / len(run.val_set)).tolist()
+    loss, accuracy = (sum_over_processes(totals) / len(run.val_set)).tolist()
     if not math.isfinite(loss):
         raise InputError("the validation loss is not a number; start again with a lower --lr")
     return loss, accuracy
@@ -670,8 +727,11 @@ def draw_curves(history: list[dict[str, float]], largest_share: float) -> Figure
 def report(run: Run) -> None:
     """Evaluate the best weights by ten views too; write run.json and kernels.png."""
     output, best = run.args.output, run.best()
-    run.net.load_state_dict(load_tensors(output / "AlexNet.pth", mmap=False))
+    with process_0_first():
+        run.net.load_state_dict(load_tensors(output / "AlexNet.pth", mmap=False))
     ten_crop = evaluate(run, "ten-crop")[1]
+    if RANK:
+        return
     # The 96 kernels of the first layer, 16 a row, on one common scale (the paper's figure 3).
     kernels = F.interpolate(run.net.features[1].weight.detach().cpu(), scale_factor=5.0)
     with replacing(output / "kernels.png") as file:
