@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import csv
 import ctypes
 import datetime
@@ -74,9 +75,11 @@ CHECK_EVERY = 20  # batches between two looks at the loss, each of which waits f
 # epoch and take every WORLD_SIZE-th photo of a batch; process 0 writes, the others wait for it.
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 # What --resume takes from last.pt; everything else comes from the command line.
-RUN_OPTIONS = "recipe batch_size lr momentum weight_decay patience crop_area groups seed".split()
+RUN_OPTIONS = (
+    "recipe batch_size lr momentum weight_decay ema label_smoothing patience crop_area groups seed"
+).split()
 # The defaults of --recipe paper; its weights and biases are AlexNet.initialize_as_2012.
-PAPER = {"batch_size": 128, "crop_area": 0.0, "groups": 2}
+PAPER = {"batch_size": 128, "ema": 0.0, "label_smoothing": 0.0, "crop_area": 0.0, "groups": 2}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -439,6 +442,7 @@ class Run:
     precision: torch.dtype
     net: AlexNet
     model: nn.Module  # the network as training calls it: itself, or what joins many processes
+    average: AlexNet  # of the weights over the last steps: what is evaluated and saved
     optimizer: torch.optim.SGD
     scheduler: ReduceLROnPlateau
     scaler: torch.amp.GradScaler
@@ -487,8 +491,10 @@ def make_run(
     scheduler = ReduceLROnPlateau(optimizer, factor=LR_FACTOR, patience=args.patience, eps=0)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
     model = DistributedDataParallel(net, broadcast_buffers=False) if WORLD_SIZE > 1 else net
+    average = copy.deepcopy(net).eval().requires_grad_(False)
     return Run(
-        args, train_set, val_set, device, precision, net, model, optimizer, scheduler, scaler
+        *(args, train_set, val_set, device, precision),
+        *(net, model, average, optimizer, scheduler, scaler),
     )
 
 
@@ -532,6 +538,7 @@ def train_one_epoch(run: Run, epoch: int) -> tuple[float, float]:
                 warm = (epoch - 1 + number / len(batches)) / WARMUP_EPOCHS
                 run.optimizer.param_groups[0]["lr"] = args.lr * warm
             totals += train_one_batch(run, draws, batch)
+            update_average(run, steps=(epoch - 1) * len(batches) + number)
             bar.update(len(batch))
             if number % CHECK_EVERY == 0 or number == len(batches):
                 seen = min(number * args.batch_size, n)
@@ -555,7 +562,8 @@ def train_one_batch(run: Run, draws: Draws, batch: Tensor) -> Tensor:
         for piece in batch[RANK::WORLD_SIZE].tensor_split(pieces):
             images, labels = make_batch(run.train_set, draws, piece, run.device)
             logits = run.model(images)
-            loss = F.cross_entropy(logits, labels, reduction="sum")
+            smoothing = run.args.label_smoothing
+            loss = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
             # Summed over the piece and divided by the batch: pieces add up to its gradient. Over
             # processes the gradients are averaged, hence their number.
             run.scaler.scale(loss * (WORLD_SIZE / len(batch))).backward()
@@ -566,16 +574,26 @@ def train_one_batch(run: Run, draws: Draws, batch: Tensor) -> Tensor:
     return totals
 
 
+@torch.no_grad()
+def update_average(run: Run, steps: int) -> None:
+    """Move the average of the weights towards the weights, after so many steps in all.
+
+    At a high learning rate the weights circle around a good place; their average lies in it.
+    """
+    decay = min(run.args.ema, steps / (10 + steps))  # forgets the first steps soon
+    for average, parameter in zip(run.average.parameters(), run.net.parameters(), strict=True):
+        average.lerp_(parameter, 1 - decay)
+
+
 def evaluate(run: Run, views: str) -> tuple[float, float]:
     """Loss and accuracy on the validation set, by the mean of the views' probabilities."""
-    run.net.eval()
     totals = torch.zeros(2, device=run.device)
     rows = torch.arange(len(run.val_set))[RANK::WORLD_SIZE].split(photos_at_once(views))
     for batch in tqdm(rows, desc=f"evaluating, {views}", leave=False, disable=None):
         photos = torch.from_numpy(run.val_set.photos[batch.numpy()]).to(run.device)
         labels = run.val_set.labels[batch].to(run.device)
         with run.autocast():
-            probabilities = predict_probabilities(run.net, to_float(photos), views)
+            probabilities = predict_probabilities(run.average, to_float(photos), views)
         loss = F.nll_loss(probabilities.clamp(min=1e-12).log(), labels, reduction="sum")
         totals += torch.stack([loss, (probabilities.argmax(1) == labels).sum()])
     loss, accuracy = (sum_over_processes(totals) / len(run.val_set)).tolist()
@@ -603,7 +621,7 @@ def open_checkpoint(args: argparse.Namespace) -> dict[str, Any] | None:
     if not last.exists():
         raise InputError(f"there is no {last} to go on with; run without --resume")
     checkpoint = load_tensors(last, mmap=False)
-    parts = {"options", "classes", "net", "optimizer", "scheduler", "scaler", "history"}
+    parts = {"options", "classes", "net", "average", "optimizer", "scheduler", "scaler", "history"}
     if parts - set(checkpoint) or set(RUN_OPTIONS) - set(checkpoint["options"]):
         raise InputError(f"{last} is no checkpoint of train.py")
     for name, saved in checkpoint["options"].items():
@@ -626,6 +644,7 @@ def load_checkpoint(run: Run, checkpoint: dict[str, Any]) -> None:
         )
     try:
         run.net.load_state_dict(checkpoint["net"])
+        run.average.load_state_dict(checkpoint["average"])
         run.optimizer.load_state_dict(checkpoint["optimizer"])
     except (RuntimeError, ValueError, KeyError) as error:
         raise InputError(f"{last} is of another network; start again with --overwrite") from error
@@ -656,8 +675,8 @@ def write_classes(run: Run) -> None:
 
 
 def disk_needed(run: Run) -> int:
-    """Bytes: AlexNet.pth, last.pt (weights and momentum), and last.pt again while replaced."""
-    return (1 + 2 + 2) * 4 * sum(p.numel() for p in run.net.parameters())
+    """Bytes: AlexNet.pth; last.pt (weights, their average, momentum), twice while replaced."""
+    return (1 + 3 + 3) * 4 * sum(p.numel() for p in run.net.parameters())
 
 
 def save_checkpoint(run: Run) -> None:
@@ -666,6 +685,7 @@ def save_checkpoint(run: Run) -> None:
         "options": {name: getattr(run.args, name) for name in RUN_OPTIONS},
         "classes": run.train_set.classes,
         "net": run.net.state_dict(),
+        "average": run.average.state_dict(),
         "optimizer": run.optimizer.state_dict(),
         "scheduler": run.scheduler.state_dict(),
         "scaler": run.scaler.state_dict(),
@@ -679,7 +699,7 @@ def write_results(run: Run) -> None:
     output = run.args.output
     write_classes(run)
     if run.best() is run.history[-1]:
-        save_tensors(output / "AlexNet.pth", run.net.state_dict())
+        save_tensors(output / "AlexNet.pth", run.average.state_dict())
     write_text(output / "history.csv", history_text(run.history))
     with replacing(output / "curves.png") as file:
         draw_curves(run.history, run.val_set.largest_share()).savefig(file, format="png")
@@ -728,12 +748,12 @@ def report(run: Run) -> None:
     """Evaluate the best weights by ten views too; write run.json and kernels.png."""
     output, best = run.args.output, run.best()
     with process_0_first():
-        run.net.load_state_dict(load_tensors(output / "AlexNet.pth", mmap=False))
+        run.average.load_state_dict(load_tensors(output / "AlexNet.pth", mmap=False))
     ten_crop = evaluate(run, "ten-crop")[1]
     if RANK:
         return
     # The 96 kernels of the first layer, 16 a row, on one common scale (the paper's figure 3).
-    kernels = F.interpolate(run.net.features[1].weight.detach().cpu(), scale_factor=5.0)
+    kernels = F.interpolate(run.average.features[1].weight.cpu(), scale_factor=5.0)
     with replacing(output / "kernels.png") as file:
         save_image(kernels, file, format="png", nrow=16, padding=5, normalize=True)
     facts = {
@@ -839,6 +859,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--lr", type=within(float, 1e-12, 1e12), default=0.01, help="learning rate [0.01]")
     add("--momentum", type=rate, default=0.9, help="of SGD [0.9]")
     add("--weight-decay", type=rate, default=0.0005, help="of SGD [0.0005]")
+    ema = "share of the average of the weights kept a step; it is evaluated and saved [0: none]"
+    add("--ema", type=rate, default=0.99, help=ema)
+    smoothing = "share of the answer spread over all classes in the training loss [0]"
+    add("--label-smoothing", type=rate, default=0.1, help=smoothing)
     patience = "epochs without a lower validation loss that are borne; one more divides lr by 10"
     add("--patience", type=within(int, 0, 10**9), default=3, help=patience)
     crop = "smallest part of a photo that a random crop keeps; 0: 224 x 224 of 256 x 256 [0]"

@@ -236,7 +236,7 @@ def test_a_kill_behind_last_pt_is_put_right_by_resuming(trained, data, tmp_path)
     assert train.main(argv) == 0
     assert {path.name for path in killed.iterdir()} == FILES
     state = alexnet.load_tensors(killed / "AlexNet.pth", mmap=False)
-    torch.testing.assert_close(state, dict(checkpoint["net"]), rtol=0, atol=0)
+    torch.testing.assert_close(state, dict(checkpoint["average"]), rtol=0, atol=0)
     assert [row["val_accuracy"] for row in history_of(killed)][-1] == "1"
 
 
@@ -294,7 +294,7 @@ def test_a_step_is_the_step_of_the_paper(small_run):
 def test_evaluation_equals_one_pass_over_the_photos_one_by_one(small_run):
     run = small_run
     loss, accuracy = train.evaluate(run, "center-crop")
-    run.net.eval()
+    run.net.eval()  # whose weights the average still has
     losses, right = [], []
     with torch.inference_mode():
         for photo, label in zip(run.val_set.photos, run.val_set.labels, strict=True):
@@ -303,6 +303,21 @@ def test_evaluation_equals_one_pass_over_the_photos_one_by_one(small_run):
             losses.append(torch.nn.functional.cross_entropy(logits, label[None]).item())
             right.append(logits.argmax().item() == label)
     assert loss == pytest.approx(np.mean(losses), rel=1e-4) and accuracy == np.mean(right)
+
+
+def test_the_average_of_the_weights_is_that_of_the_formula(small_run):
+    run, bias = small_run, small_run.net.classifier[6].bias
+    draws = train.draw_epoch(run.train_set, 0, 1, 0.35)
+    for ema in (0.5, 0.0):
+        run.args.ema = ema
+        expected = run.average.classifier[6].bias.clone()
+        for steps in (1, 2, 1000):
+            train.train_one_batch(run, draws, torch.arange(2))
+            train.update_average(run, steps)
+            decay = min(ema, steps / (10 + steps))
+            expected = decay * expected + (1 - decay) * bias.detach()
+            torch.testing.assert_close(run.average.classifier[6].bias, expected)
+    torch.testing.assert_close(dict(run.average.state_dict()), dict(run.net.state_dict()))
 
 
 @pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
