@@ -30,7 +30,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from matplotlib.figure import Figure
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -171,7 +171,7 @@ def train(args: argparse.Namespace) -> None:
     with process_0_first():
         train_set = pack(args.data / "train", args.output)
         val_set = pack(args.data / "val", args.output, train_set.classes)
-    run = make_run(args, train_set, val_set, device, precision)
+    run = Run(args, train_set, val_set, device, precision)
     if checkpoint:
         load_checkpoint(run, checkpoint)
     print_facts(run)
@@ -431,22 +431,48 @@ def make_batch(
 # ------------------------------------------------------------------------ training (section 5)
 
 
-@dataclass
 class Run:
-    """A training run, as it stands between two epochs."""
+    """A training run, as it stands between two epochs; new ones stand at their start."""
 
-    args: argparse.Namespace
-    train_set: Pack
-    val_set: Pack
-    device: torch.device
-    precision: torch.dtype
-    net: AlexNet
-    model: nn.Module  # the network as training calls it: itself, or what joins many processes
-    average: AlexNet  # of the weights over the last steps: what is evaluated and saved
-    optimizer: torch.optim.SGD
-    scheduler: ReduceLROnPlateau
-    scaler: torch.amp.GradScaler
-    history: list[dict[str, float]] = field(default_factory=list)  # a row an epoch
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        train_set: Pack,
+        val_set: Pack,
+        device: torch.device,
+        precision: torch.dtype,
+    ) -> None:
+        self.args, self.train_set, self.val_set = args, train_set, val_set
+        self.device, self.precision = device, precision
+        self.history: list[dict[str, float]] = []  # a row an epoch
+        torch.manual_seed(args.seed)
+        self.net = AlexNet(len(train_set.classes), args.groups)
+        self.net.mean.copy_(train_set.mean[:, None, None])
+        variance = train_set.covariance.diagonal().clamp(min=1 / 255**2)  # drawings may have none
+        self.net.std.copy_(variance.sqrt()[:, None, None])
+        if args.recipe == "paper":
+            self.net.initialize_as_2012()
+        self.net.to(device, memory_format=torch.channels_last)
+        # The network as training calls it: itself, or what joins many processes.
+        many = WORLD_SIZE > 1
+        self.model = (
+            DistributedDataParallel(self.net, broadcast_buffers=False) if many else self.net
+        )
+        # The average of the weights over the last steps, which is evaluated and saved.
+        self.average = copy.deepcopy(self.net).eval().requires_grad_(False)
+        self.optimizer = torch.optim.SGD(
+            self.net.parameters(),
+            args.lr,
+            args.momentum,
+            weight_decay=args.weight_decay,
+            fused=True,
+        )
+        for parameter in self.net.parameters():  # garbage, if the scaler skips the first step
+            self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        self.scheduler = ReduceLROnPlateau(
+            self.optimizer, factor=LR_FACTOR, patience=args.patience, eps=0
+        )
+        self.scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
 
     @property
     def lr(self) -> float:
@@ -465,37 +491,6 @@ class Run:
         epochs = len(self.history)
         drops = round(math.log(self.lr / self.args.lr, LR_FACTOR)) if epochs >= WARMUP_EPOCHS else 0
         return epochs >= self.args.epochs or drops > MAX_LR_DROPS
-
-
-def make_run(
-    args: argparse.Namespace,
-    train_set: Pack,
-    val_set: Pack,
-    device: torch.device,
-    precision: torch.dtype,
-) -> Run:
-    """A run at its start."""
-    torch.manual_seed(args.seed)
-    net = AlexNet(len(train_set.classes), args.groups)
-    net.mean.copy_(train_set.mean[:, None, None])
-    variance = train_set.covariance.diagonal().clamp(min=1 / 255**2)  # drawings may have none
-    net.std.copy_(variance.sqrt()[:, None, None])
-    if args.recipe == "paper":
-        net.initialize_as_2012()
-    net.to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(
-        net.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay, fused=True
-    )
-    for parameter in net.parameters():  # else a first step that the scaler skips leaves garbage
-        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-    scheduler = ReduceLROnPlateau(optimizer, factor=LR_FACTOR, patience=args.patience, eps=0)
-    scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
-    model = DistributedDataParallel(net, broadcast_buffers=False) if WORLD_SIZE > 1 else net
-    average = copy.deepcopy(net).eval().requires_grad_(False)
-    return Run(
-        *(args, train_set, val_set, device, precision),
-        *(net, model, average, optimizer, scheduler, scaler),
-    )
 
 
 def run_epoch(run: Run) -> None:

@@ -99,7 +99,7 @@ def run_row(args: argparse.Namespace, recipe: dict) -> list[str]:
     train_set = train.pack(args.data / "train", args.data)
     val_set = train.pack(args.data / "val", args.data, train_set.classes)
     device = alexnet.pick_device("auto")
-    run = train.make_run(options, train_set, val_set, device, train.pick_precision("auto", device))
+    run = train.Run(options, train_set, val_set, device, train.pick_precision("auto", device))
     set_start(run.net, recipe)
     train.WARMUP_EPOCHS = recipe["warm-up"]
     before = diagnose(run)

@@ -77,7 +77,7 @@ def our_batches(data: Path, precision: str, batch_size: int) -> tuple[Callable[[
     args = train.parse_args(argv)
     sets = [train.pack(data / side, data) for side in ("train", "val")]
     device = torch.device("cpu")
-    run = train.make_run(args, *sets, device, train.pick_precision(precision, device))
+    run = train.Run(args, *sets, device, train.pick_precision(precision, device))
     run.net.train()
     draws = train.draw_epoch(run.train_set, 0, 1, args.crop_area)
     make_batch, seconds = train.make_batch, []

@@ -245,7 +245,7 @@ def small_run(data, tmp_path) -> train.Run:
     """A run on the drawings that has not begun, with dropout off."""
     args = args_of("--data", str(data), "--output", str(tmp_path), "--lr", "0.01")
     sets = [train.pack(data / side, tmp_path) for side in ("train", "val")]
-    run = train.make_run(args, *sets, torch.device("cpu"), torch.float32)
+    run = train.Run(args, *sets, torch.device("cpu"), torch.float32)
     for layer in run.net.classifier:
         if isinstance(layer, torch.nn.Dropout):
             layer.p = 0.0
@@ -281,7 +281,8 @@ def test_a_step_is_the_step_of_the_paper(small_run):
     v_weight, v_bias = torch.zeros_like(weight), torch.zeros_like(bias)
     for rows in (torch.arange(4), torch.arange(4, 8)):
         images, labels = train.make_batch(run.train_set, draws, rows, torch.device("cpu"))
-        loss = torch.nn.functional.cross_entropy(run.net(images), labels)
+        smoothing = {"label_smoothing": 0.1}  # the default
+        loss = torch.nn.functional.cross_entropy(run.net(images), labels, **smoothing)
         gradients = torch.autograd.grad(loss, (weight, bias))
         with torch.no_grad():
             v_weight = 0.9 * v_weight - 0.0005 * 0.01 * weight - 0.01 * gradients[0]
@@ -328,7 +329,7 @@ def test_a_step_in_half_precision_goes_where_float32_goes(small_run, precision):
     updates = []
     for dtype in (torch.float32, precision):
         sets = small_run.train_set, small_run.val_set
-        run = train.make_run(small_run.args, *sets, torch.device("cpu"), dtype)
+        run = train.Run(small_run.args, *sets, torch.device("cpu"), dtype)
         assert run.scaler.is_enabled() == (dtype == torch.float16)
         run.net.load_state_dict(start)
         run.net.eval()  # no dropout
@@ -348,7 +349,7 @@ def test_the_recipe_of_the_paper_sets_its_options_weights_and_biases(data, tmp_p
     assert (args.batch_size, args.crop_area, args.groups) == (64, 0.0, 2)  # what is given counts
     assert args.given == {"recipe", "batch_size"}
     sets = [train.pack(data / side, tmp_path) for side in ("train", "val")]
-    net = train.make_run(args, *sets, torch.device("cpu"), torch.float32).net
+    net = train.Run(args, *sets, torch.device("cpu"), torch.float32).net
     layers = [net.features[i] for i in (1, 5, 9, 11, 13)] + [net.classifier[i] for i in (0, 3, 6)]
     deviations = [round(layer.weight.std().item(), 3) for layer in layers]
     assert deviations == [0.01, 0.01, 0.03, 0.03, 0.03, 0.01, 0.01, 0.01]
