@@ -42,7 +42,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import ReduceLROnPlateau
-from torchvision.utils import save_image
+from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
 from alexnet import (
@@ -697,7 +697,8 @@ def write_results(run: Run) -> None:
         save_tensors(output / "AlexNet.pth", run.average.state_dict())
     write_text(output / "history.csv", history_text(run.history))
     with replacing(output / "curves.png") as file:
-        draw_curves(run.history, run.val_set.largest_share()).savefig(file, format="png")
+        figure = draw_curves(run.history, run.val_set.largest_share(), run.best())
+        figure.savefig(file, format="png")
 
 
 def save_tensors(path: Path, content: dict[str, Any]) -> None:
@@ -721,22 +722,46 @@ def history_text(history: list[dict[str, float]]) -> str:
     return text.getvalue()
 
 
-def draw_curves(history: list[dict[str, float]], largest_share: float) -> Figure:
-    """Loss and accuracy of both sets by epoch."""
-    figure = Figure(figsize=(10, 4), layout="constrained")
+def draw_curves(
+    history: list[dict[str, float]], largest_share: float, best: dict[str, float]
+) -> Figure:
+    """Loss and accuracy of both sets by epoch; the drops of the learning rate, the best epoch."""
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
     epochs = [row["epoch"] for row in history]
-    for axis, name in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
+    loss, accuracy = figure.subplots(1, 2)
+    # Curves of the loss leave the top free, those of the accuracy the bottom.
+    for axis, name, free in ((loss, "loss", "top"), (accuracy, "accuracy", "bottom")):
         for side in ("train", "val"):
             axis.plot(epochs, [row[f"{side}_{name}"] for row in history], label=side, marker=".")
-        if name == "accuracy":
-            axis.axhline(largest_share, color="gray", linestyle=":", label="largest class alone")
         for before, after in itertools.pairwise(history):
             if after["lr"] < before["lr"]:
-                axis.axvline(before["epoch"] + 0.5, color="gray", linewidth=0.8)
+                x, text = before["epoch"] + 0.5, f" lr {after['lr']:.2g} "
+                axis.axvline(x, color="gray", linewidth=0.8)
+                place = {"transform": axis.get_xaxis_transform(), "rotation": 90, "va": free}
+                axis.text(x, float(free == "top"), text, color="gray", fontsize=9, **place)
+        label = f"best on val: epoch {best['epoch']}, accuracy {best['val_accuracy']:.3f}"
+        star = {"marker": "*", "markersize": 13, "linestyle": "", "zorder": 3, "color": "black"}
+        axis.plot(best["epoch"], best[f"val_{name}"], label=label, **star)
         axis.set(xlabel="epoch", title=name)
+        axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         axis.grid(alpha=0.3)
-        axis.legend()
+    label = f"always the largest class: {largest_share:.3f}"
+    accuracy.axhline(largest_share, color="tab:red", linestyle="--", linewidth=1, label=label)
+    figure.legend(*accuracy.get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure
+
+
+def draw_kernels(weight: Tensor, groups: int) -> Tensor:
+    """The 96 kernels of the first layer as a picture (3, H, W) in 0..1 (the paper's figure 3).
+
+    16 a row, on one common scale; with groups=2 a wider gap parts the 48 of each GPU.
+    """
+    low, high = weight.aminmax()
+    kernels = F.interpolate((weight - low) / (high - low), scale_factor=5.0)  # 55 pixels a side
+    halves = kernels.split(len(kernels) // groups)
+    grids = [make_grid(half, nrow=16, padding=5, pad_value=1) for half in halves]
+    gap = 20
+    return torch.cat([F.pad(grid, (0, 0, 0, gap), value=1) for grid in grids], dim=1)[:, :-gap]
 
 
 def report(run: Run) -> None:
@@ -747,10 +772,9 @@ def report(run: Run) -> None:
     ten_crop = evaluate(run, "ten-crop")[1]
     if RANK:
         return
-    # The 96 kernels of the first layer, 16 a row, on one common scale (the paper's figure 3).
-    kernels = F.interpolate(run.average.features[1].weight.cpu(), scale_factor=5.0)
     with replacing(output / "kernels.png") as file:
-        save_image(kernels, file, format="png", nrow=16, padding=5, normalize=True)
+        kernels = run.average.features[1].weight.cpu()
+        save_image(draw_kernels(kernels, run.args.groups), file, format="png")
     facts = {
         "options": {name: getattr(run.args, name) for name in RUN_OPTIONS},
         "classes": run.train_set.classes,

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import error_of
+from conftest import ROOT, error_of
 from PIL import Image
 
 import alexnet
@@ -68,22 +70,49 @@ def test_json_gives_one_object_a_line(answer, trained, photo, views):
     names = sorted(expected, key=expected.get, reverse=True)[:2]
     assert status == 0 and len(lines) == 2 and lines[0] == lines[1]
     assert lines[0]["path"] == str(photo) and lines[0]["class"] == names[0]
+    assert lines[0]["true_class"] == photo.parent.name
     assert [row["class"] for row in lines[0]["top"]] == names
     for row in lines[0]["top"]:
         assert row["probability"] == pytest.approx(expected[row["class"]], abs=1e-5)
 
 
 def test_a_folder_gives_a_table_and_the_accuracy(answer, trained, data):
-    status, out, _ = answer(data / "val")
-    files = alexnet.image_files(data / "val")
-    right = 0
-    for path, line in zip(files, out.splitlines(), strict=False):
+    status, out, _ = answer(data / "val", "--no-figure")
+    wrong, right = [], []
+    for path in alexnet.image_files(data / "val"):
         expected = probabilities_of(trained, path, "center-crop")
         best = max(expected, key=expected.get)
-        right += best == path.parent.name
-        assert line.split()[:3] == [best, f"{expected[best]:.3f}", str(path)]
+        row = (expected[best], [best, f"{expected[best]:.3f}", str(path)])
+        (right if best == path.parent.name else wrong).append(row)
+    table = [row for _, row in sorted(wrong, reverse=True) + sorted(right)]
     assert status == 0
-    assert out.splitlines()[-1].split() == ["accuracy", f"{right / 3:.4f}", f"({right}", "of", "3)"]
+    assert [line.split()[:3] for line in out.splitlines()[:3]] == table
+    assert ["(the folder says" in line for line in out.splitlines()[:3]] == [
+        *([True] * len(wrong)),
+        *([False] * len(right)),
+    ]
+    accuracy = ["accuracy", f"{len(right) / 3:.4f}", f"({len(right)}", "of", "3)"]
+    assert out.splitlines()[-1].split() == accuracy
+
+
+def test_the_table_puts_the_surest_mistakes_first_and_then_the_most_doubtful(capsys):
+    def prediction(name: str, probability: float, true_class: str | None) -> predict.Prediction:
+        return predict.Prediction(Path(name), [("rose", probability)], true_class)
+
+    predictions = [
+        *(prediction("sure", 0.9, "rose"), prediction("wrong", 0.4, "tulip")),
+        *(prediction("unknown", 0.8, None), prediction("doubtful", 0.3, "rose")),
+        prediction("surely wrong", 0.7, "tulip"),
+    ]
+    predictions.sort(key=predict.Prediction.doubt)
+    predict.print_answers(predictions, ["rose", "tulip", "daisy"])
+    names = [p.path.name for p in predictions]
+    assert names == ["surely wrong", "wrong", "doubtful", "unknown", "sure"]
+    *table, rose, tulip, accuracy = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[2] for line in table] == names
+    assert [line.split("  ", 1)[1].strip() for line in (rose, tulip, accuracy)] == [
+        *("1.0000  (2 of 2)", "0.0000  (0 of 2)", "0.5000  (2 of 4)")
+    ]
 
 
 def test_a_bad_file_is_named_and_the_others_are_answered(answer, photo, tmp_path):
@@ -107,19 +136,74 @@ def test_without_a_display_the_figure_is_saved(answer, photo, tmp_path, monkeypa
     assert {path.name for path in tmp_path.iterdir()} == {"prediction.png", "figure.pdf"}
 
 
-def test_figures_that_cannot_be(answer, photo, tmp_path, capsys):
+def test_figures_that_cannot_be(answer, photo, capsys):
     for options in (["--save", "x.xyz"], ["--save", "."], ["--save", "x.png", "--no-figure"]):
         with pytest.raises(SystemExit) as caught:
             answer(photo, *options)
         assert caught.value.code == 2 and "--save" in capsys.readouterr().err
-    with pytest.raises(SystemExit, match="one photo"):
-        answer(photo, photo, "--save", tmp_path / "x.png")
 
 
 def test_json_alone_draws_nothing(answer, photo, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     status, out, err = answer(photo, "--json")
     assert (status, len(out.splitlines()), err) == (0, 1, "") and not list(tmp_path.iterdir())
+
+
+def test_json_of_a_folder_is_in_the_order_of_the_files(answer, data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    _, out, _ = answer(data, "--json")
+    paths = [json.loads(line)["path"] for line in out.splitlines()]
+    assert paths == [str(path) for path in alexnet.image_files(data)]
+    assert not list(tmp_path.iterdir())  # nor a confusion matrix
+
+
+def hidden_of(trained: Path, photo: Path) -> torch.Tensor:
+    """The last hidden activations worked out anew, (4096,)."""
+    net = alexnet.AlexNet.from_state_dict(torch.load(trained / "AlexNet.pth")).eval()
+    found = []
+    net.classifier[6].register_forward_hook(lambda _, inputs, __: found.append(inputs[0][0]))
+    image = alexnet.center_square(alexnet.read_image(photo)).crop((16, 16, 240, 240))
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    with torch.inference_mode():
+        net(pixels.reshape(1, 224, 224, 3).permute(0, 3, 1, 2) / 255)
+    return found[0].double()
+
+
+def test_similar_finds_the_nearest_training_photos_but_not_the_photo_itself(
+    answer, trained, data, photo, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(predict, "photos_at_once", lambda views: 4)  # several batches
+    training = alexnet.image_files(data / "train")
+    hidden = {path: hidden_of(trained, path) for path in [photo, *training]}
+    _, out, _ = answer(photo, training[3], "--similar", data / "train", "--json")
+    for query, line in zip([photo, training[3]], out.splitlines(), strict=True):
+        distances = {p: (hidden[p] - hidden[query]).norm().item() for p in training if p != query}
+        nearest = sorted(distances, key=distances.get)[:6]
+        similar = json.loads(line)["similar"]
+        assert [found["path"] for found in similar] == [str(path) for path in nearest]
+        for path, found in zip(nearest, similar, strict=True):
+            assert found["distance"] == pytest.approx(distances[path], rel=1e-3, abs=1e-3)
+    _, printed, err = answer(training[3], "--similar", data / "train", "--save", "similar.png")
+    lines = [line.removeprefix("similar:").split() for line in printed.splitlines()[-6:]]
+    assert lines == [[f"{found['distance']:.2f}", found["path"]] for found in similar]
+    assert err == "the figure is in similar.png\n" and Path("similar.png").stat().st_size > 5000
+
+
+def test_similar_to_what_is_no_folder_of_photos(answer, trained, photo, tmp_path):
+    options = ("--weights", trained / "AlexNet.pth", "--no-figure")
+    for folder in (tmp_path, tmp_path / "none", photo):
+        assert str(folder) in error_of(predict.main, photo, "--similar", folder, *options)
+    status, out, err = answer(tmp_path / "none.jpg", "--similar", photo.parent, "--json")
+    assert (status, out) == (1, "") and err.count("error: ") == 1
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(trained, photo):
+    command = [sys.executable, ROOT / "predict.py", photo, "--json"]
+    command += ["--weights", trained / "AlexNet.pth"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait() == 1
 
 
 def test_odd_pictures_are_answered_as_the_plain_one_is(answer, photo, tmp_path):

@@ -61,7 +61,7 @@ def test_help_names_every_option():
         ("split_data.py", ("--source", "--output", "--val-rate", "--test-rate", "--seed")),
         ("alexnet.py", ("--num-classes", "--groups")),
         ("train.py", ("--data", "--accumulate", "--resume", "--precision", "--crop-area")),
-        ("predict.py", ("--weights", "--top-k", "--ten-crop", "--json", "--save")),
+        ("predict.py", ("--weights", "--top-k", "--ten-crop", "--json", "--save", "--similar")),
     ):
         result = run(ROOT / script, "--help", cwd=ROOT)
         assert result.returncode == 0 and all(option in result.stdout for option in options)
