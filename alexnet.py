@@ -217,6 +217,9 @@ def read_image(path: str | Path) -> Image.Image:
 
     Raises InputError with a sentence if the file is no picture, is broken or is absurdly large.
     """
+    named = isinstance(path, str | os.PathLike)
+    if named and os.path.exists(path) and not os.path.isfile(path):  # a pipe may block for ever
+        raise InputError(f"{path}: no file, but a folder, a pipe or a device")
     try:
         with Image.open(path, formats=FORMATS) as image:
             image = ImageOps.exif_transpose(image)
