@@ -222,7 +222,9 @@ def read_image(path: str | Path) -> Image.Image:
         raise InputError(f"{path}: no file, but a folder, a pipe or a device")
     try:
         with Image.open(path, formats=FORMATS) as image:
-            image = ImageOps.exif_transpose(image)
+            image.load()
+            with contextlib.suppress(Exception):  # broken EXIF: the picture is whole all the same
+                ImageOps.exif_transpose(image, in_place=True)
             if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip at 255
                 wide = np.asarray(image)
                 if wide.max() > 65535:
@@ -234,7 +236,7 @@ def read_image(path: str | Path) -> Image.Image:
                 image = image.convert("RGBA")
                 white = Image.new("RGBA", image.size, "white")
                 image = Image.alpha_composite(white, image)
-            return image.convert("RGB")
+            return image if image.mode == "RGB" else image.convert("RGB")
     except FileNotFoundError:
         raise InputError(f"{path}: there is no such file") from None
     except Exception as error:  # on a broken file Pillow raises almost any type
