@@ -15,6 +15,7 @@ import contextlib
 import io
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -318,7 +319,11 @@ def pick_device(name: str) -> torch.device:
 
 
 def setup_console() -> None:
-    """Let a console that cannot print a letter print its code instead of failing."""
+    """Let a console that cannot print a letter print its code instead of failing.
+
+    Pillow's remarks on odd files stay off it: a file is read, or one line says why not.
+    """
+    warnings.filterwarnings("ignore", module="PIL")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
