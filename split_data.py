@@ -234,6 +234,8 @@ def check_photos(source: Path, classes: dict[str, list[str]]) -> dict[str, str]:
         try:
             with Image.open(source / name, formats=FORMATS) as image:
                 image.load()
+                if image.mode == "F" or (image.mode == "I" and image.getextrema()[1] > 65535):
+                    raise ValueError("its pixels are no grey levels of 16 bits")
         except Exception as error:  # on a broken file Pillow raises almost any type
             return name, None, str(error).splitlines()[0] if str(error) else type(error).__name__
         return name, sha256(source / name), ""
