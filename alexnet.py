@@ -15,6 +15,7 @@ import contextlib
 import io
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -228,9 +229,14 @@ def read_image(path: str | Path) -> Image.Image:
 
     Raises InputError with a sentence if the file is no picture, is broken or is absurdly large.
     """
+    named = isinstance(path, str | os.PathLike)
+    if named and os.path.exists(path) and not os.path.isfile(path):  # a pipe may block for ever
+        raise InputError(f"{path}: no file, but a folder, a pipe or a device")
     try:
         with Image.open(path, formats=FORMATS) as image:
-            image = ImageOps.exif_transpose(image)
+            image.load()
+            with contextlib.suppress(Exception):  # broken EXIF: the picture is whole all the same
+                ImageOps.exif_transpose(image, in_place=True)
             if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip at 255
                 wide = np.asarray(image)
                 if wide.max() > 65535:
@@ -242,7 +248,7 @@ def read_image(path: str | Path) -> Image.Image:
                 image = image.convert("RGBA")
                 white = Image.new("RGBA", image.size, "white")
                 image = Image.alpha_composite(white, image)
-            return image.convert("RGB")
+            return image if image.mode == "RGB" else image.convert("RGB")
     except FileNotFoundError:
         raise InputError(f"{path}: there is no such file") from None
     except Exception as error:  # on a broken file Pillow raises almost any type
@@ -324,7 +330,11 @@ def pick_device(name: str) -> torch.device:
 
 
 def setup_console() -> None:
-    """Let a console that cannot print a letter print its code instead of failing."""
+    """Let a console that cannot print a letter print its code instead of failing.
+
+    Pillow's remarks on odd files stay off it: a file is read, or one line says why not.
+    """
+    warnings.filterwarnings("ignore", module="PIL")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

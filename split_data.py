@@ -11,6 +11,7 @@ never moved; those that do not decode are left out and named.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -18,9 +19,9 @@ import random
 import shutil
 import sys
 import tarfile
-import tempfile
 import urllib.request
 import warnings
+from collections.abc import Iterator
 from http.client import HTTPException
 from pathlib import Path
 
@@ -66,15 +67,14 @@ def run(args: argparse.Namespace) -> None:
     recover(args.output)
     is_missing = args.source == Path(DEFAULT_SOURCE) and not args.source.exists()
     beside = args.source if is_missing else args.output
-    beside.absolute().parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="unpacked.", dir=beside.absolute().parent) as scratch:
+    with scratch_folder(beside) as scratch:
         if is_missing:
-            unpack(download(Path(f"{DEFAULT_SOURCE}.tgz")), Path(scratch))
-            os.rename(class_root(Path(scratch)), args.source)
+            unpack(download(Path(f"{DEFAULT_SOURCE}.tgz")), scratch)
+            os.rename(class_root(scratch), args.source)
         source = args.source
         if not source.is_dir():
-            unpack(source, Path(scratch))
-            source = class_root(Path(scratch))
+            unpack(source, scratch)
+            source = class_root(scratch)
         classes = list_photos(source)
         digests = check_photos(source, classes)
         print_copies(digests)
@@ -132,6 +132,25 @@ def download(archive: Path) -> Path:
         )
     os.replace(part, archive)
     return archive
+
+
+@contextlib.contextmanager
+def scratch_folder(beside: Path) -> Iterator[Path]:
+    """A folder to unpack into, on the disk of `beside`; what a killed run left of it goes first."""
+    scratch = beside.absolute().with_name(beside.name + ".split_data.unpacked")
+    scratch.parent.mkdir(parents=True, exist_ok=True)
+    if os.path.lexists(scratch):
+        empty = scratch.is_dir() and not any(scratch.iterdir())
+        if scratch.is_symlink() or not (empty or (scratch / RECORD).exists()):
+            raise SystemExit(f"error: split_data.py did not make {scratch}; move it away")
+        remove(scratch)
+    scratch.mkdir()
+    try:
+        (scratch / RECORD).touch()  # known by it as ours
+        (scratch / "photos").mkdir()
+        yield scratch / "photos"
+    finally:
+        remove(scratch)
 
 
 def sha256(path: Path) -> str:
@@ -215,6 +234,8 @@ def check_photos(source: Path, classes: dict[str, list[str]]) -> dict[str, str]:
         try:
             with Image.open(source / name, formats=FORMATS) as image:
                 image.load()
+                if image.mode == "F" or (image.mode == "I" and image.getextrema()[1] > 65535):
+                    raise ValueError("its pixels are no grey levels of 16 bits")
         except Exception as error:  # on a broken file Pillow raises almost any type
             return name, None, str(error).splitlines()[0] if str(error) else type(error).__name__
         return name, sha256(source / name), ""

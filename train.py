@@ -71,6 +71,9 @@ COLOR_NOISE = 0.1  # section 4.1: standard deviation of the random weights
 ASPECT_RATIOS = (3 / 4, 4 / 3)  # of the random crops
 CPU_PIECE = 64  # photos that a CPU takes at once
 CHECK_EVERY = 20  # batches between two looks at the loss, each of which waits for the device
+COLUMNS = (  # of a row of the history, behind the epoch
+    "lr train_loss train_accuracy val_loss val_accuracy seconds images_per_second"
+).split()
 # torchrun starts many processes, a card each; alone, this is process 0 of 1. All draw the same
 # epoch and take every WORLD_SIZE-th photo of a batch; process 0 writes, the others wait for it.
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -617,9 +620,18 @@ def open_checkpoint(args: argparse.Namespace) -> dict[str, Any] | None:
         raise InputError(f"there is no {last} to go on with; run without --resume")
     checkpoint = load_tensors(last, mmap=False)
     parts = {"options", "classes", "net", "average", "optimizer", "scheduler", "scaler", "history"}
-    if parts - set(checkpoint) or set(RUN_OPTIONS) - set(checkpoint["options"]):
-        raise InputError(f"{last} is no checkpoint of train.py")
-    for name, saved in checkpoint["options"].items():
+    try:
+        if parts - set(checkpoint) or not isinstance(checkpoint["classes"], list):
+            raise ValueError("parts are missing")
+        options = {name: checkpoint["options"][name] for name in RUN_OPTIONS}
+        with contextlib.redirect_stderr(io.StringIO()):  # the same ranges hold as for the user
+            parsed = parse_args(
+                [f"--{n.replace('_', '-')}={value}" for n, value in options.items()]
+            )
+    except (Exception, SystemExit) as error:  # whatever such a file may hold in their place
+        raise InputError(f"{last} is no checkpoint of train.py") from error
+    for name in RUN_OPTIONS:
+        saved = getattr(parsed, name)
         if name in args.given and getattr(args, name) != saved:
             raise InputError(
                 f"{last} is of a run with --{name.replace('_', '-')} {saved}; leave the option "
@@ -633,22 +645,42 @@ def load_checkpoint(run: Run, checkpoint: dict[str, Any]) -> None:
     """Set a run to where the checkpoint left it; raises InputError if it does not fit."""
     last = run.args.output / "last.pt"
     if checkpoint["classes"] != run.train_set.classes:
+        classes = ", ".join(map(str, checkpoint["classes"]))
         raise InputError(
-            f"{last} is of a run with other classes than {run.args.data} has "
-            f"({', '.join(checkpoint['classes'])}); give its own --data, or another --output"
+            f"{last} is of a run with other classes than {run.args.data} has ({classes}); give "
+            "its own --data, or another --output"
         )
     try:
-        run.net.load_state_dict(checkpoint["net"])
-        run.average.load_state_dict(checkpoint["average"])
-        run.optimizer.load_state_dict(checkpoint["optimizer"])
-    except (RuntimeError, ValueError, KeyError) as error:
+        take_over(run, checkpoint)
+    except Exception as error:  # whatever such a file may hold in their place
         raise InputError(f"{last} is of another network; start again with --overwrite") from error
+    tensors = [*run.net.state_dict().values(), *run.average.state_dict().values()]
+    tensors += [state["momentum_buffer"] for state in run.optimizer.state.values()]
+    numbers = [value for row in run.history for value in row.values()]
+    finite = all(map(math.isfinite, numbers)) and all(x.isfinite().all() for x in tensors)
+    if not (run.history and 0 < run.lr < math.inf and finite):
+        raise InputError(f"{last} holds no run that can go on; start again with --overwrite")
     if not torch.allclose(run.net.mean.flatten().cpu(), run.train_set.mean, rtol=0, atol=1e-5):
         raise InputError(f"{run.args.data} does not hold the photos that {last} was trained on")
-    run.scheduler.load_state_dict(checkpoint["scheduler"])
+
+
+def take_over(run: Run, checkpoint: dict[str, Any]) -> None:
+    """Take what training changes, and only as what it should be: the file may be anybody's."""
+    run.net.load_state_dict(checkpoint.pop("net"))  # popped, so that no tensor is held twice
+    run.average.load_state_dict(checkpoint.pop("average"))
+    optimizer, scheduler = checkpoint.pop("optimizer"), checkpoint["scheduler"]
+    for number, parameter in enumerate(run.net.parameters()):
+        buffer = run.optimizer.state[parameter]["momentum_buffer"]
+        buffer.copy_(optimizer["state"][number]["momentum_buffer"])
+    run.optimizer.param_groups[0]["lr"] = float(optimizer["param_groups"][0]["lr"])
+    kinds = {"best": float, "num_bad_epochs": int, "last_epoch": int}
+    run.scheduler.load_state_dict({name: kind(scheduler[name]) for name, kind in kinds.items()})
     if run.scaler.is_enabled() and checkpoint["scaler"]:
-        run.scaler.load_state_dict(checkpoint["scaler"])
-    run.history = checkpoint["history"]
+        own = run.scaler.state_dict()
+        saved = {name: type(own[name])(checkpoint["scaler"][name]) for name in own}
+        run.scaler.load_state_dict(saved)
+    for epoch, row in enumerate(checkpoint["history"], start=1):
+        run.history.append({"epoch": epoch} | {name: float(row[name]) for name in COLUMNS})
 
 
 def prepare_output(run: Run) -> None:
