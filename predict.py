@@ -57,6 +57,7 @@ if TYPE_CHECKING:  # matplotlib is imported where something is drawn: it would d
     from matplotlib.figure import Figure
 
 MOST_DRAWN = 24  # photos in a figure
+MOST_ROWS = 5  # photos in the figure of --similar, as many as the paper's figure 4 has
 NEAREST = 6  # training photos that --similar finds
 
 
@@ -117,11 +118,11 @@ def run(args: argparse.Namespace) -> int:
     if not args.json:
         print_answers(predictions, classes)
     if predictions and (args.save or not (args.json or any_folder or args.no_figure)):
-        if len(predictions) > MOST_DRAWN:
-            first = f"the first {MOST_DRAWN} of the table's {len(predictions)} photos"
+        draw, most = (draw_similar, MOST_ROWS) if args.similar else (draw_predictions, MOST_DRAWN)
+        if len(predictions) > most:
+            first = f"the first {most} of the table's {len(predictions)} photos"
             print(f"the figure shows {first}", file=sys.stderr)
-        draw = draw_similar if args.similar else draw_predictions
-        show(lambda figure: draw(figure, predictions[:MOST_DRAWN]), args.save)
+        show(lambda figure: draw(figure, predictions[:most]), args.save)
     if any_folder and any(p.true_class for p in predictions) and not (args.json or args.no_figure):
         matrix = Path("confusion_matrix.png")
         show(lambda figure: draw_confusion(figure, predictions, classes), matrix)
@@ -342,7 +343,7 @@ def draw_predictions(figure: Figure, predictions: list[Prediction]) -> Figure:
 def draw_similar(figure: Figure, predictions: list[Prediction]) -> Figure:
     """A row a photo: itself, and the training photos most like it (the paper's figure 4, right)."""
     setup_fonts(str(predictions))
-    figure.set_size_inches(13, 2.3 * len(predictions))
+    figure.set_size_inches(13, 2.2 * len(predictions))
     widths = (1, 0.15, *[1] * NEAREST)  # a gap behind the photo itself
     axes = figure.subplots(len(predictions), len(widths), squeeze=False, width_ratios=widths)
     for axis in axes.flat:
@@ -465,7 +466,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
 
     add = parser.add_argument_group("figures").add_mutually_exclusive_group().add_argument
-    save = f"draw the photos ({MOST_DRAWN} at most) into FILE (.png, .pdf, .svg), not a window"
+    most = f"{MOST_DRAWN} at most, {MOST_ROWS} with --similar"
+    save = f"draw the photos ({most}) into FILE (.png, .pdf, .svg), not a window"
     add("--save", type=Path, metavar="FILE", help=save)
     add("--no-figure", action="store_true", help="print only")
     args = parser.parse_args(argv)

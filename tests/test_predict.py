@@ -188,6 +188,10 @@ def test_similar_finds_the_nearest_training_photos_but_not_the_photo_itself(
     lines = [line.removeprefix("similar:").split() for line in printed.splitlines()[-6:]]
     assert lines == [[f"{found['distance']:.2f}", found["path"]] for found in similar]
     assert err == "the figure is in similar.png\n" and Path("similar.png").stat().st_size > 5000
+    _, _, err = answer(
+        *training[:6], "--center-crop", "--similar", photo.parent, "--save", "similar.png"
+    )
+    assert "the first 5 of the table's 6 photos" in err
 
 
 def test_similar_to_what_is_no_folder_of_photos(answer, trained, photo, tmp_path):
