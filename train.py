@@ -917,7 +917,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     patience = "epochs without a lower validation loss that are borne; one more divides lr by 10"
     add("--patience", type=within(int, 0, 10**9), default=3, help=patience)
     crop = "smallest part of a photo that a random crop keeps; 0: 224 x 224 of 256 x 256 [0]"
-    add("--crop-area", type=rate, default=0.35, help=crop)
+    add("--crop-area", type=rate, default=0.25, help=crop)
     groups = "2: as on the paper's two GPUs; 1: every map sees all maps below it [2]"
     add("--groups", type=int, choices=(1, 2), default=1, help=groups)
     add("--seed", type=within(int, 0, 2**32), default=0, help="of weights, order, crops, dropout")
