@@ -544,9 +544,10 @@ def open_checkpoint(args: argparse.Namespace) -> dict[str, Any] | None:
     if not last.exists():
         raise InputError(f"there is no {last} to go on with; run without --resume")
     checkpoint = load_tensors(last, mmap=False)
-    parts = {"options", "classes", "net", "optimizer", "scheduler", "scaler", "history"}
+    parts = dict.fromkeys(("options", "net", "optimizer", "scheduler", "scaler"), dict)
+    parts |= {"classes": list, "history": list}
     try:
-        if parts - set(checkpoint) or not isinstance(checkpoint["classes"], list):
+        if not all(isinstance(checkpoint.get(name), kind) for name, kind in parts.items()):
             raise ValueError("parts are missing")
         options = {name: checkpoint["options"][name] for name in RUN_OPTIONS}
         with contextlib.redirect_stderr(io.StringIO()):  # the same ranges hold as for the user
@@ -580,9 +581,9 @@ def load_checkpoint(run: Run, checkpoint: dict[str, Any]) -> None:
         run.net.load_state_dict(checkpoint.pop("net"))
         optimizer = checkpoint.pop("optimizer")
         buffers = [run.optimizer.state[p]["momentum_buffer"] for p in run.net.parameters()]
-        for number, buffer in enumerate(buffers):
-            buffer.copy_(optimizer["state"][number]["momentum_buffer"])
-        run.optimizer.param_groups[0]["lr"] = float(optimizer["param_groups"][0]["lr"])
+        for number, buffer in enumerate(buffers):  # dict(): a tensor there would take any index
+            buffer.copy_(dict(dict(optimizer["state"])[number])["momentum_buffer"])
+        run.optimizer.param_groups[0]["lr"] = float(dict(optimizer["param_groups"][0])["lr"])
         saved = checkpoint["scheduler"]
         run.scheduler.load_state_dict(
             {
@@ -597,7 +598,8 @@ def load_checkpoint(run: Run, checkpoint: dict[str, Any]) -> None:
             saved = {name: type(own[name])(checkpoint["scaler"][name]) for name in own}
             run.scaler.load_state_dict(saved)
         for epoch, row in enumerate(checkpoint["history"], start=1):
-            run.history.append({"epoch": epoch} | {name: float(row[name]) for name in COLUMNS})
+            values = {name: float(dict(row)[name]) for name in COLUMNS}
+            run.history.append({"epoch": epoch} | values)
     except Exception as error:  # whatever such a file may hold in their place
         raise InputError(f"{last} is of another network; start again with --overwrite") from error
     tensors = [*run.net.state_dict().values(), *buffers]
@@ -699,7 +701,14 @@ def draw_curves(history: list[dict[str, float]], largest_share: float) -> Figure
 def report(run: Run) -> None:
     """Evaluate the best weights by ten views too; write run.json and kernels.png."""
     output, best = run.args.output, run.best()
-    run.net.load_state_dict(load_tensors(output / "AlexNet.pth", mmap=False))
+    try:
+        best_net = AlexNet.from_state_dict(load_tensors(output / "AlexNet.pth", mmap=False))
+        run.net.load_state_dict(best_net.state_dict())
+    except (InputError, RuntimeError) as error:
+        raise InputError(
+            f"{output / 'AlexNet.pth'} no longer holds the weights of this run's best epoch; train "
+            "again with --overwrite"
+        ) from error
     ten_crop = evaluate(run, "ten-crop")[1]
     # The 96 kernels of the first layer, 16 a row, on one common scale (the paper's figure 3).
     kernels = F.interpolate(run.net.features[1].weight.detach().cpu(), scale_factor=5.0)
