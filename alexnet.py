@@ -35,6 +35,9 @@ FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM")  # by content; EP
 class InputError(ValueError):
     """Something that the user can put right; the message is one sentence that says what and how."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.splitlines()))  # names may hold line breaks
+
 
 # ------------------------------------------------------------------------------- the network
 
