@@ -16,6 +16,7 @@ import io
 import os
 import sys
 import warnings
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -377,7 +378,13 @@ def load_tensors(path: Path, mmap: bool) -> dict:
     with a sentence for a file that is absent, cut short or foreign.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, on tensors of kinds that are refused later
+            if zipfile.is_zipfile(path):  # torch.save never compresses
+                with zipfile.ZipFile(path) as archive:
+                    if any(record.compress_type for record in archive.infolist()):
+                        raise ValueError("a small file could fill the memory")
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except FileNotFoundError:
         raise InputError(f"{path}: there is no such file") from None
     except OSError:
