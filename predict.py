@@ -94,7 +94,7 @@ def load_network(weights: Path, classes_file: Path | None) -> tuple[AlexNet, lis
         classes = [str(index[str(i)]) for i in range(len(index))]
     except OSError as error:
         raise InputError(f"cannot read the class names: {describe(error)}") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f'{path} is no list of classes like {{"0": "daisy", ...}}') from error
     outputs = net.classifier[-1].out_features
     if len(classes) != outputs:

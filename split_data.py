@@ -363,7 +363,7 @@ def foreign_file(folder: Path) -> str | None:
         files = json.loads(record.read_text(encoding="utf-8"))["files"] if record.exists() else []
         for name in files:
             known |= {folder / name, *(folder / name).parents}
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return RECORD
     found = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path not in known]
     return min(found, default=None)
