@@ -155,7 +155,9 @@ def print_json(prediction: Prediction) -> None:
         "probability": round(probability, 6),
         "top": top,
     }
-    print(json.dumps(answer, ensure_ascii=False), flush=True)
+    # Elsewhere the console would write \U0001f33c for a letter that it lacks, which is no JSON.
+    utf8 = (sys.stdout.encoding or "").lower().startswith("utf")
+    print(json.dumps(answer, ensure_ascii=not utf8), flush=True)
 
 
 def print_answers(predictions: list[Prediction], classes: list[str]) -> None:
