@@ -190,8 +190,10 @@ def print_answers(predictions: list[Prediction], classes: list[str]) -> None:
 
 def show(prediction: Prediction, save: Path | None) -> None:
     """Show the figure in a window; write it to `save`, or without a display to prediction.png."""
+    from matplotlib import rcParams
     from matplotlib.figure import Figure
 
+    rcParams["text.parse_math"] = False  # a class may be called $x$
     if not save:
         from matplotlib import pyplot as plt
 
