@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import io
 import os
+import re
 import sys
 import warnings
 import zipfile
@@ -356,9 +357,11 @@ def image_files(folder: Path) -> list[Path]:
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file to write to that takes the place of `path` once it is whole.
 
-    Whatever goes wrong meanwhile, `path` stays as it was; raises OSError on a full disk.
+    Whatever goes wrong meanwhile, `path` stays as it was; raises OSError on a full disk. Every
+    process writes to a file of its own, so two that write `path` at once do not mix.
     """
-    partial = path.with_name(path.name + ".tmp")
+    remove_leftovers(path)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(partial, "wb") as file:
             yield file
@@ -369,6 +372,27 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
         raise
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove what processes that were killed have left of `path`; a living one keeps its own."""
+    for name in os.listdir(path.parent):
+        match = re.fullmatch(re.escape(path.name) + r"\.(\d{1,9})\.tmp", name)
+        if match and not is_alive(int(match[1])):
+            with contextlib.suppress(OSError):
+                path.with_name(name).unlink()
+
+
+def is_alive(pid: int) -> bool:
+    if os.name != "posix":  # os.kill would end it; but there no file that is open can be removed
+        return False
+    try:
+        os.kill(pid, 0)  # signal 0 only asks
+    except ProcessLookupError:
+        return False
+    except OSError:  # somebody else's
+        return True
+    return True
 
 
 def load_tensors(path: Path, mmap: bool) -> dict:

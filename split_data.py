@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import sys
 import tarfile
@@ -42,8 +43,7 @@ FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM")  # by content; EP
 SIDES = ("train", "val", "test")
 RECORD = "split.json"
 # What train.py keeps beside the folders that it reads, to be made again when they change.
-ENDINGS = (".npy", ".json", ".npy.tmp", ".json.tmp")
-PACKS = tuple(f"{side}.packed{ending}" for side in SIDES for ending in ENDINGS)
+PACK = re.compile(r"(train|val|test)\.packed\.(npy|json)((\.\d+)?\.tmp)?")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -356,7 +356,7 @@ def remove(folder: Path) -> None:
 def foreign_file(folder: Path) -> str | None:
     """The name of something in `folder` that neither this script nor train.py put there."""
     record = folder / RECORD
-    known = {folder / name for name in (RECORD, RECORD + ".tmp", *PACKS)}
+    known = {folder / name for name in (RECORD, RECORD + ".tmp")}
     if folder.is_symlink() or not folder.is_dir():
         return folder.name
     try:
@@ -366,7 +366,7 @@ def foreign_file(folder: Path) -> str | None:
     except (ValueError, KeyError, TypeError, RecursionError):
         return RECORD
     found = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path not in known]
-    return min(found, default=None)
+    return min((name for name in found if not PACK.fullmatch(name)), default=None)
 
 
 def write_split(

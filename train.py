@@ -53,6 +53,7 @@ from alexnet import (
     pick_device,
     predict_probabilities,
     read_image,
+    remove_leftovers,
     replacing,
     setup_console,
     to_float,
@@ -202,9 +203,9 @@ def pack(folder: Path, output: Path, classes: list[str] | None = None) -> Pack:
     stats = [path.stat() for path in files]
     facts = [[n, s.st_size, s.st_mtime_ns] for n, s in zip(names, stats, strict=True)]
     places = [place / f"{folder.name}.packed.npy" for place in (folder.parent, output)]
-    found = [place for place in places if read_record(place).get("files") == facts]
-    array = found[0] if found else make_pack(files, facts, places)
-    record = read_record(array)
+    records = [(place, read_record(place)) for place in places]
+    found = [(place, record) for place, record in records if record.get("files") == facts]
+    array, record = found[0] if found else make_pack(files, facts, places)
     return Pack(
         photos=np.load(array, mmap_mode="r"),
         labels=torch.tensor([classes.index(name.split("/")[0]) for name in names]),
@@ -227,8 +228,10 @@ def read_record(array: Path) -> dict[str, Any]:
         return {}
 
 
-def make_pack(files: list[Path], facts: list[list], places: list[Path]) -> Path:
-    """Write the pack to the first of `places` whose folder can be written; returns that place."""
+def make_pack(
+    files: list[Path], facts: list[list], places: list[Path]
+) -> tuple[Path, dict[str, Any]]:
+    """Write the pack to the first of `places` whose folder can be written; (place, record)."""
     array = places[0]
     if not can_write(array.parent):
         array = places[1]
@@ -242,8 +245,9 @@ def make_pack(files: list[Path], facts: list[list], places: list[Path]) -> Path:
     mean = total / n
     covariance = products / n - np.outer(mean, mean)
     scaled = {"mean": (mean / 255).tolist(), "covariance": (covariance / 255**2).tolist()}
-    write_text(array.with_suffix(".json"), json.dumps({"files": facts} | scaled))
-    return array
+    record = {"files": facts} | scaled
+    write_text(array.with_suffix(".json"), json.dumps(record))
+    return array, record
 
 
 def can_write(folder: Path) -> bool:
@@ -618,7 +622,10 @@ def prepare_output(run: Run) -> None:
     """Make sure that the files have room; write class_idx.json."""
     output = run.args.output
     output.mkdir(parents=True, exist_ok=True)
-    old = [path for path in (output / "last.pt", output / "AlexNet.pth") if path.exists()]
+    large = (output / "last.pt", output / "AlexNet.pth")
+    for path in large:
+        remove_leftovers(path)
+    old = [path for path in large if path.exists()]
     free = shutil.disk_usage(output).free + sum(path.stat().st_size for path in old)
     if free < disk_needed(run):
         needed = f"{disk_needed(run) / 1e9:.1f}"
