@@ -127,6 +127,9 @@ def train(args: argparse.Namespace) -> None:
     prepare_output(run)
     if checkpoint:
         write_results(run)
+        record, last = args.output / "run.json", args.output / "last.pt"
+        if record.exists() and record.stat().st_mtime_ns < last.stat().st_mtime_ns:
+            record.unlink()  # of fewer epochs or an earlier run: a kill came behind last.pt
     if run.has_ended():
         print(f"nothing left to do: the run has ended after epoch {len(run.history)}")
     else:
