@@ -343,7 +343,11 @@ def describe(error: OSError) -> str:
 def image_files(folder: Path) -> list[Path]:
     """The picture files below a folder, in sorted order, hidden files and folders left out."""
     files = []
-    for root, folders, names in os.walk(folder):
+
+    def fail(error: OSError) -> None:  # else what may not be read would be missed in silence
+        raise error
+
+    for root, folders, names in os.walk(folder, onerror=fail):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         files += [
             Path(root, name)
