@@ -40,6 +40,7 @@ ARCHIVE_SHA256 = "4c54ace7911aaffe13a365c34f650e71dd5bf1be0a58b464e5a7183e3e595d
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM")  # by content; EPS runs a program
+TIMEOUT = 30  # seconds without a byte
 SIDES = ("train", "val", "test")
 RECORD = "split.json"
 # What train.py keeps beside the folders that it reads, to be made again when they change.
@@ -112,16 +113,12 @@ def download(archive: Path) -> Path:
     part = archive.with_name(archive.name + ".part")
     print(f"downloading {ARCHIVE_URL}")
     try:
-        with urllib.request.urlopen(ARCHIVE_URL, timeout=30) as response, open(part, "wb") as file:
-            with tqdm(total=ARCHIVE_SIZE, unit="B", unit_scale=True, disable=None) as bar:
-                while chunk := response.read(1 << 20):
-                    file.write(chunk)
-                    bar.update(len(chunk))
-    except (OSError, HTTPException) as error:
-        part.unlink(missing_ok=True)
+        fetch(part)
+    except (OSError, HTTPException, ValueError) as error:  # ValueError: sent on to an odd address
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise SystemExit(
-            f"error: the download failed ({error}); fetch {ARCHIVE_URL} elsewhere and run "
-            f"`python split_data.py --source {archive.name}`"
+            f"error: the download failed ({reason}); run this again to go on with it, or fetch "
+            f"{ARCHIVE_URL} elsewhere and run `python split_data.py --source {archive.name}`"
         ) from error
     if part.stat().st_size != ARCHIVE_SIZE or sha256(part) != ARCHIVE_SHA256:
         size = part.stat().st_size
@@ -132,6 +129,30 @@ def download(archive: Path) -> Path:
         )
     os.replace(part, archive)
     return archive
+
+
+def fetch(part: Path) -> None:
+    """Download the archive to `part`, behind what is there of it if the server can do that."""
+    have = part.stat().st_size if part.exists() else 0
+    if have >= ARCHIVE_SIZE:
+        return
+    request = urllib.request.Request(ARCHIVE_URL)
+    if have:
+        request.add_header("Range", f"bytes={have}-")
+    with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
+        have = have if response.status == 206 else 0  # 206: the rest, 200: all of it
+        length = response.headers.get("Content-Length")
+        if length and have + int(length) != ARCHIVE_SIZE:
+            raise OSError(
+                f"{have + int(length):,} bytes are not the expected archive of {ARCHIVE_SIZE:,}"
+            )
+        bar = tqdm(total=ARCHIVE_SIZE, initial=have, unit="B", unit_scale=True, disable=None)
+        with bar, open(part, "ab" if have else "wb") as file:
+            while (chunk := response.read(1 << 16)) and file.tell() <= ARCHIVE_SIZE:
+                file.write(chunk)
+                bar.update(len(chunk))
+    if part.stat().st_size < ARCHIVE_SIZE:
+        raise OSError(f"it broke off after {part.stat().st_size:,} bytes")
 
 
 @contextlib.contextmanager
