@@ -560,9 +560,10 @@ def open_checkpoint(args: argparse.Namespace) -> dict[str, Any] | None:
     try:
         if not all(isinstance(checkpoint.get(name), kind) for name, kind in parts.items()):
             raise ValueError("parts are missing")
-        options = {name: checkpoint["options"][name] for name in RUN_OPTIONS}
+        options = checkpoint["options"]
+        argv = [f"--{name.replace('_', '-')}={options[name]}" for name in RUN_OPTIONS]
         with contextlib.redirect_stderr(io.StringIO()):  # the same ranges hold as for the user
-            parsed = parse_args([f"--{n.replace('_', '-')}={value}" for n, value in options.items()])
+            parsed = parse_args(argv)
     except (Exception, SystemExit) as error:  # whatever such a file may hold in their place
         raise InputError(f"{last} is no checkpoint of train.py") from error
     for name in RUN_OPTIONS:
