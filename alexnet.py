@@ -14,8 +14,10 @@ import argparse
 import contextlib
 import io
 import os
+import re
 import sys
 import warnings
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -34,6 +36,9 @@ FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM")  # by content; EP
 
 class InputError(ValueError):
     """Something that the user can put right; the message is one sentence that says what and how."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.splitlines()))  # names may hold line breaks
 
 
 # ------------------------------------------------------------------------------- the network
@@ -207,14 +212,16 @@ class AlexNet(nn.Module):
         try:
             num_classes = state["classifier.6.weight"].shape[0]
             groups = 96 // state["features.5.weight"].shape[1]
+            # Sparse tensors and those of the meta device, which have no content, load as well.
+            plain = all(x.layout == torch.strided and not x.is_meta for x in state.values())
             is_float = all(tensor.dtype == torch.float32 for tensor in state.values())
-        except (KeyError, IndexError, AttributeError, TypeError, ZeroDivisionError) as error:
+        except Exception as error:  # whatever such a file may hold in their place
             raise InputError("it does not hold the weights of this AlexNet") from error
-        if num_classes < 1 or groups not in (1, 2) or not is_float:
+        if num_classes < 1 or groups not in (1, 2) or not is_float or not plain:
             raise InputError("it does not hold the weights of this AlexNet")
-        with torch.device("meta"):  # no memory, and no drawing of 58 million numbers
-            net = cls(num_classes, groups)
         try:
+            with torch.device("meta"):  # no memory, and no drawing of 58 million numbers
+                net = cls(num_classes, groups)
             net.load_state_dict(state, assign=True)
         except (RuntimeError, TypeError, AttributeError) as error:  # a list of names and shapes
             raise InputError("its tensors do not fit this AlexNet") from error
@@ -347,7 +354,11 @@ def describe(error: OSError) -> str:
 def image_files(folder: Path) -> list[Path]:
     """The picture files below a folder, in sorted order, hidden files and folders left out."""
     files = []
-    for root, folders, names in os.walk(folder):
+
+    def fail(error: OSError) -> None:  # else what may not be read would be missed in silence
+        raise error
+
+    for root, folders, names in os.walk(folder, onerror=fail):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         files += [
             Path(root, name)
@@ -361,19 +372,44 @@ def image_files(folder: Path) -> list[Path]:
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file to write to that takes the place of `path` once it is whole.
 
-    Whatever goes wrong meanwhile, `path` stays as it was; raises OSError on a full disk.
+    Whatever goes wrong meanwhile, `path` stays as it was; raises OSError on a full disk. Every
+    process writes to a file of its own, so two that write `path` at once do not mix.
     """
-    partial = path.with_name(path.name + ".tmp")
+    remove_leftovers(path)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(partial, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno and not error.filename:
+            error.filename = str(path)  # a full disk does not say where
         raise
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove what processes that were killed have left of `path`; a living one keeps its own."""
+    for name in os.listdir(path.parent):
+        match = re.fullmatch(re.escape(path.name) + r"\.(\d{1,9})\.tmp", name)
+        if match and not is_alive(int(match[1])):
+            with contextlib.suppress(OSError):
+                path.with_name(name).unlink()
+
+
+def is_alive(pid: int) -> bool:
+    if os.name != "posix":  # os.kill would end it; but there no file that is open can be removed
+        return False
+    try:
+        os.kill(pid, 0)  # signal 0 only asks
+    except ProcessLookupError:
+        return False
+    except OSError:  # somebody else's
+        return True
+    return True
 
 
 def load_tensors(path: Path, mmap: bool) -> dict:
@@ -383,7 +419,13 @@ def load_tensors(path: Path, mmap: bool) -> dict:
     with a sentence for a file that is absent, cut short or foreign.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, on tensors of kinds that are refused later
+            if zipfile.is_zipfile(path):  # torch.save never compresses
+                with zipfile.ZipFile(path) as archive:
+                    if any(record.compress_type for record in archive.infolist()):
+                        raise ValueError("a small file could fill the memory")
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except FileNotFoundError:
         raise InputError(f"{path}: there is no such file") from None
     except OSError:

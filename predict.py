@@ -141,7 +141,7 @@ def load_network(weights: Path, classes_file: Path | None) -> tuple[AlexNet, lis
         classes = [str(index[str(i)]) for i in range(len(index))]
     except OSError as error:
         raise InputError(f"cannot read the class names: {describe(error)}") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f'{path} is no list of classes like {{"0": "daisy", ...}}') from error
     outputs = net.classifier[-1].out_features
     if len(classes) != outputs:
@@ -252,7 +252,9 @@ def print_json(prediction: Prediction) -> None:
     if prediction.similar:
         found = [{"distance": round(d, 4), "path": str(path)} for d, path in prediction.similar]
         answer["similar"] = found
-    tqdm.write(json.dumps(answer, ensure_ascii=False))  # which steps around the bar
+    # Elsewhere the console would write \U0001f33c for a letter that it lacks, which is no JSON.
+    utf8 = (sys.stdout.encoding or "").lower().startswith("utf")
+    tqdm.write(json.dumps(answer, ensure_ascii=not utf8))  # which steps around the bar
     sys.stdout.flush()
 
 

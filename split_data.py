@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import sys
 import tarfile
@@ -39,11 +40,11 @@ ARCHIVE_SHA256 = "4c54ace7911aaffe13a365c34f650e71dd5bf1be0a58b464e5a7183e3e595d
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM")  # by content; EPS runs a program
+TIMEOUT = 30  # seconds without a byte
 SIDES = ("train", "val", "test")
 RECORD = "split.json"
 # What train.py keeps beside the folders that it reads, to be made again when they change.
-ENDINGS = (".npy", ".json", ".npy.tmp", ".json.tmp")
-PACKS = tuple(f"{side}.packed{ending}" for side in SIDES for ending in ENDINGS)
+PACK = re.compile(r"(train|val|test)\.packed\.(npy|json)((\.\d+)?\.tmp)?")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -112,16 +113,12 @@ def download(archive: Path) -> Path:
     part = archive.with_name(archive.name + ".part")
     print(f"downloading {ARCHIVE_URL}")
     try:
-        with urllib.request.urlopen(ARCHIVE_URL, timeout=30) as response, open(part, "wb") as file:
-            with tqdm(total=ARCHIVE_SIZE, unit="B", unit_scale=True, disable=None) as bar:
-                while chunk := response.read(1 << 20):
-                    file.write(chunk)
-                    bar.update(len(chunk))
-    except (OSError, HTTPException) as error:
-        part.unlink(missing_ok=True)
+        fetch(part)
+    except (OSError, HTTPException, ValueError) as error:  # ValueError: sent on to an odd address
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise SystemExit(
-            f"error: the download failed ({error}); fetch {ARCHIVE_URL} elsewhere and run "
-            f"`python split_data.py --source {archive.name}`"
+            f"error: the download failed ({reason}); run this again to go on with it, or fetch "
+            f"{ARCHIVE_URL} elsewhere and run `python split_data.py --source {archive.name}`"
         ) from error
     if part.stat().st_size != ARCHIVE_SIZE or sha256(part) != ARCHIVE_SHA256:
         size = part.stat().st_size
@@ -132,6 +129,30 @@ def download(archive: Path) -> Path:
         )
     os.replace(part, archive)
     return archive
+
+
+def fetch(part: Path) -> None:
+    """Download the archive to `part`, behind what is there of it if the server can do that."""
+    have = part.stat().st_size if part.exists() else 0
+    if have >= ARCHIVE_SIZE:
+        return
+    request = urllib.request.Request(ARCHIVE_URL)
+    if have:
+        request.add_header("Range", f"bytes={have}-")
+    with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
+        have = have if response.status == 206 else 0  # 206: the rest, 200: all of it
+        length = response.headers.get("Content-Length")
+        if length and have + int(length) != ARCHIVE_SIZE:
+            raise OSError(
+                f"{have + int(length):,} bytes are not the expected archive of {ARCHIVE_SIZE:,}"
+            )
+        bar = tqdm(total=ARCHIVE_SIZE, initial=have, unit="B", unit_scale=True, disable=None)
+        with bar, open(part, "ab" if have else "wb") as file:
+            while (chunk := response.read(1 << 16)) and file.tell() <= ARCHIVE_SIZE:
+                file.write(chunk)
+                bar.update(len(chunk))
+    if part.stat().st_size < ARCHIVE_SIZE:
+        raise OSError(f"it broke off after {part.stat().st_size:,} bytes")
 
 
 @contextlib.contextmanager
@@ -356,17 +377,17 @@ def remove(folder: Path) -> None:
 def foreign_file(folder: Path) -> str | None:
     """The name of something in `folder` that neither this script nor train.py put there."""
     record = folder / RECORD
-    known = {folder / name for name in (RECORD, RECORD + ".tmp", *PACKS)}
+    known = {folder / name for name in (RECORD, RECORD + ".tmp")}
     if folder.is_symlink() or not folder.is_dir():
         return folder.name
     try:
         files = json.loads(record.read_text(encoding="utf-8"))["files"] if record.exists() else []
         for name in files:
             known |= {folder / name, *(folder / name).parents}
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return RECORD
     found = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path not in known]
-    return min(found, default=None)
+    return min((name for name in found if not PACK.fullmatch(name)), default=None)
 
 
 def write_split(
