@@ -65,7 +65,7 @@ def test_hostile_images(small, tmp_path, rng):
 
 
 def test_hostile_weights(small, tmp_path, rng):
-    assert "refused" in stress.hostile_weights(tmp_path, small / "trained", 5, rng)
+    assert "refused" in stress.hostile_weights(tmp_path, small / "trained", 3, rng)
 
 
 def test_hostile_archives(tmp_path):
@@ -73,7 +73,7 @@ def test_hostile_archives(tmp_path):
 
 
 def test_memory_stays_flat_and_nothing_is_left(tmp_path, rng):
-    assert "no child" in stress.long(tmp_path, 4, rng)
+    assert "no child" in stress.long(tmp_path, 3, rng)
 
 
 def test_downloads_that_fail_and_go_on(tmp_path, rng):
