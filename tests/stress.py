@@ -989,7 +989,7 @@ def compare_threads_and_pieces(argv: list[str]) -> int:
     """One step in float64 without dropout, by 1 and 2 threads, in 1 and 3 pieces."""
     args = train.parse_args(argv)
     sets = [train.pack(args.data / side, args.output) for side in ("train", "val")]
-    run = train.make_run(args, *sets, torch.device("cpu"), torch.float32)
+    run = train.Run(args, *sets, torch.device("cpu"), torch.float32)
     run.net.double().train()
     for layer in run.net.classifier:
         if isinstance(layer, torch.nn.Dropout):
