@@ -91,7 +91,13 @@ def our_batches(data: Path, precision: str, batch_size: int) -> tuple[Callable[[
     train.make_batch = timed
     order = torch.arange(len(run.train_set)).repeat(50).split(batch_size)
     batches = iter(order)
-    return lambda: train.train_one_batch(run, draws, next(batches)).tolist(), seconds
+
+    def step() -> None:
+        totals = train.train_one_batch(run, draws, next(batches))
+        train.update_average(run, steps=1000)
+        totals.tolist()
+
+    return step, seconds
 
 
 def stock_batches(data: Path, batch_size: int) -> tuple[Callable[[], None], list]:
