@@ -921,6 +921,20 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         """Shows the defaults, and leaves the text above as it is."""
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
+    add_options(parser)
+    args = parser.parse_args(argv)
+    if args.recipe == "paper":
+        parser.set_defaults(**PAPER)
+        args = parser.parse_args(argv)
+    if args.resume and args.overwrite:
+        parser.error("--resume and --overwrite contradict each other")
+    # Parsed once more without defaults: what was given on the command line.
+    bare = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(RUN_OPTIONS)))
+    args.given = {name for name in RUN_OPTIONS if getattr(bare, name) is not None}
+    return args
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
     count, rate = within(int, 1, 10**9), within(float, 0.0, 1.0)
 
     add = parser.add_argument_group("files").add_argument
@@ -955,17 +969,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     precision = "of the products; auto: bfloat16 where it is native, float16 on older CUDA cards"
     choices = ("auto", "float32", "bfloat16", "float16")
     add("--precision", choices=choices, default="auto", help=precision)
-
-    args = parser.parse_args(argv)
-    if args.recipe == "paper":
-        parser.set_defaults(**PAPER)
-        args = parser.parse_args(argv)
-    if args.resume and args.overwrite:
-        parser.error("--resume and --overwrite contradict each other")
-    # Parsed once more without defaults: what was given on the command line.
-    bare = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(RUN_OPTIONS)))
-    args.given = {name for name in RUN_OPTIONS if getattr(bare, name) is not None}
-    return args
 
 
 def within(kind: type, low: float, high: float) -> Callable[[str], Any]:
