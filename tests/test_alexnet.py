@@ -125,8 +125,16 @@ def test_local_response_norm_is_the_formula_of_the_paper():
         assert b[i] == pytest.approx(a[0, i].item() / (2 + 1e-4 * total) ** 0.75, rel=1e-5)
 
 
+def test_the_weights_start_with_he_s_deviations_but_those_of_conv1_with_the_paper_s():
+    layers = [x for x in AlexNet(1000).modules() if isinstance(x, nn.Conv2d | nn.Linear)]
+    inputs = (None, 48 * 25, 256 * 9, 192 * 9, 192 * 9, 9216, 4096, 4096)  # of a unit
+    expected = [0.01 if n is None else (2 / n) ** 0.5 for n in inputs]
+    assert [x.weight.std().item() for x in layers] == pytest.approx(expected, rel=0.02)
+    assert not any(x.bias.any() for x in layers)
+
+
 def test_a_network_is_rebuilt_from_its_tensors_alone():
-    net = AlexNet(3, groups=2).eval()
+    net = AlexNet(3, groups=1).eval()
     net.mean.fill_(0.3)
     again = AlexNet.from_state_dict(net.state_dict()).eval()
     images = torch.rand(1, 3, 224, 224)

@@ -440,8 +440,8 @@ def test_a_fresh_run_does_not_replace_an_earlier_one(trained, data):
 def test_resuming_what_does_not_fit(trained, data, tmp_path):
     resume = ("--data", data, "--resume", "--output")
     assert "no " in error_of(train.main, *resume, tmp_path)
-    message = error_of(train.main, *resume, trained, "--groups", "2")
-    assert "--groups 1" in message
+    message = error_of(train.main, *resume, trained, "--groups", "1")
+    assert "--groups 2" in message
     assert "--lr 0.01" in error_of(train.main, *resume, trained, "--lr", "0.5")
     draw_photos(tmp_path / "data" / "train", {"daisy": 2, "orchid": 2, "tulips": 2})
     draw_photos(tmp_path / "data" / "val", {"daisy": 1})
