@@ -80,10 +80,11 @@ COLUMNS = (  # of a row of the history, behind the epoch
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 # What --resume takes from last.pt; everything else comes from the command line.
 RUN_OPTIONS = (
-    "recipe batch_size lr momentum weight_decay ema label_smoothing patience crop_area groups seed"
+    "recipe batch_size lr momentum weight_decay ema label_smoothing patience crop_area cutmix "
+    "groups seed"
 ).split()
 # The defaults of --recipe paper; its weights and biases are AlexNet.initialize_as_2012.
-PAPER = {"batch_size": 128, "ema": 0.0, "label_smoothing": 0.0, "crop_area": 0.0}
+PAPER = {"batch_size": 128, "ema": 0.0, "label_smoothing": 0.0, "crop_area": 0.0, "cutmix": 0.0}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -361,9 +362,13 @@ class Draws:
     boxes: Tensor  # float32 (n, 4): left, top, width, height of the crop, in pixels of 256
     flips: Tensor  # bool (n,)
     noise: Tensor  # float32 (n, 3), added to RGB in 0..1
+    windows: Tensor  # float32 (n, 4): left, top, right, bottom, in pixels of the crop, where
+    partners: Tensor  # int64 (n,), the crop of this row covers it
 
 
-def draw_epoch(train_set: Pack, seed: int, epoch: int, crop_area: float) -> Draws:
+def draw_epoch(
+    train_set: Pack, seed: int, epoch: int, crop_area: float, cutmix: float = 0.0
+) -> Draws:
     """Draw from a generator that (seed, epoch) alone determine, so resuming needs no state."""
     n = len(train_set)
     generator = torch.Generator().manual_seed(epoch_seed(seed, epoch))
@@ -372,6 +377,8 @@ def draw_epoch(train_set: Pack, seed: int, epoch: int, crop_area: float) -> Draw
         boxes=draw_boxes(n, crop_area, generator),
         flips=torch.rand(n, generator=generator) < 0.5,
         noise=draw_color_noise(n, train_set.covariance, generator),
+        windows=draw_windows(n, cutmix, generator),
+        partners=torch.randperm(n, generator=generator),
     )
 
 
@@ -411,6 +418,18 @@ def draw_color_noise(n: int, covariance: Tensor, generator: torch.Generator) -> 
     return COLOR_NOISE * torch.randn(n, 3, generator=generator) @ axes.T
 
 
+def draw_windows(n: int, share: float, generator: torch.Generator) -> Tensor:
+    """CutMix (Yun and others 2019): squares to be covered by another photo, (n, 4).
+
+    Their areas are uniform in 0..1 of the crop, their centres in it, and its edges cut them off.
+    All but a share of the photos have a window without area.
+    """
+    center = torch.rand(n, 2, generator=generator) * CROP_SIZE
+    half = torch.rand(n, 1, generator=generator).sqrt() * CROP_SIZE / 2
+    half *= torch.rand(n, 1, generator=generator) < share
+    return torch.cat([center - half, center + half], dim=1).round().clamp(0, CROP_SIZE)
+
+
 def augment(images: Tensor, boxes: Tensor, flips: Tensor, noise: Tensor) -> Tensor:
     """Cut, scale to 224, flip and shift in colour a batch (N, 3, 256, 256) on its device."""
     left, top, width, height = boxes.T[:, :, None] / IMAGE_SIZE  # each (N, 1)
@@ -428,7 +447,31 @@ def augment(images: Tensor, boxes: Tensor, flips: Tensor, noise: Tensor) -> Tens
 def make_batch(
     train_set: Pack, draws: Draws, rows: Tensor, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """The images (n, 3, 224, 224) in 0..1 and labels (n,) of some rows of the epoch's draws."""
+    """The images (n, 3, 224, 224) in 0..1 of some rows of the draws, and targets (n, classes).
+
+    A target is what the pixels belong to: shares of 1, of two classes behind CutMix.
+    """
+    images, labels = make_crops(train_set, draws, rows, device)
+    targets = F.one_hot(labels, len(train_set.classes)).float()
+    windows = draws.windows[rows]
+    areas = (windows[:, 2:] - windows[:, :2]).prod(1) / CROP_SIZE**2
+    if covered := areas.nonzero()[:, 0].tolist():
+        others, labels = make_crops(train_set, draws, draws.partners[rows[covered]], device)
+        windows, areas = (x[covered].to(device, non_blocking=True) for x in (windows, areas))
+        left, top, right, bottom = windows.T[:, :, None]  # each (N, 1)
+        steps = torch.arange(CROP_SIZE, device=device)
+        across, down = (steps >= left) & (steps < right), (steps >= top) & (steps < bottom)
+        inside = down[:, None, :, None] & across[:, None, None, :]
+        images[covered] = torch.where(inside, others, images[covered])
+        other_targets = F.one_hot(labels, len(train_set.classes)).float()
+        targets[covered] = targets[covered].lerp(other_targets, areas[:, None])
+    return images, targets
+
+
+def make_crops(
+    train_set: Pack, draws: Draws, rows: Tensor, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """The images (n, 3, 224, 224) in 0..1, none covered, and labels (n,) of some rows."""
     order = draws.order[rows]
     photos = torch.from_numpy(train_set.photos[order.numpy()])
     parts = [draws.boxes[rows], draws.flips[rows], draws.noise[rows], train_set.labels[order]]
@@ -532,7 +575,7 @@ def run_epoch(run: Run) -> None:
 def train_one_epoch(run: Run, epoch: int) -> tuple[float, float]:
     """One pass over the training set; returns its mean loss and accuracy, in training mode."""
     args, n = run.args, len(run.train_set)
-    draws = draw_epoch(run.train_set, args.seed, epoch, args.crop_area)
+    draws = draw_epoch(run.train_set, args.seed, epoch, args.crop_area, args.cutmix)
     torch.manual_seed(epoch_seed(args.seed, epoch) + (RANK << 40))  # for dropout
     run.net.train()
     batches = torch.arange(n).split(args.batch_size)
@@ -565,14 +608,14 @@ def train_one_batch(run: Run, draws: Draws, batch: Tensor) -> Tensor:
         pieces = max(pieces, math.ceil(len(batch) / CPU_PIECE))
     with run.autocast():  # around all pieces, so that the weights are cast once
         for piece in batch[RANK::WORLD_SIZE].tensor_split(pieces):
-            images, labels = make_batch(run.train_set, draws, piece, run.device)
+            images, targets = make_batch(run.train_set, draws, piece, run.device)
             logits = run.model(images)
             smoothing = run.args.label_smoothing
-            loss = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
+            loss = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=smoothing)
             # Summed over the piece and divided by the batch: pieces add up to its gradient. Over
             # processes the gradients are averaged, hence their number.
             run.scaler.scale(loss * (WORLD_SIZE / len(batch))).backward()
-            totals += torch.stack([loss.detach(), (logits.argmax(1) == labels).sum()])
+            totals += torch.stack([loss.detach(), (logits.argmax(1) == targets.argmax(1)).sum()])
     run.scaler.step(run.optimizer)
     run.scaler.update()
     run.optimizer.zero_grad()
@@ -959,6 +1002,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--patience", type=within(int, 0, 10**9), default=3, help=patience)
     crop = "smallest part of a photo that a random crop keeps; 0: 224 x 224 of 256 x 256 [0]"
     add("--crop-area", type=rate, default=0.25, help=crop)
+    cutmix = "share of the photos of which a random window is covered by another photo [0]"
+    add("--cutmix", type=rate, default=0.5, help=cutmix)
     groups = "2: as on the paper's two GPUs; 1: all maps see all below, 1.4 times the work [2]"
     add("--groups", type=int, choices=(1, 2), default=2, help=groups)
     add("--seed", type=within(int, 0, 2**32), default=0, help="of weights, order, crops, dropout")

@@ -98,7 +98,7 @@ def diagnose(run: train.Run) -> tuple[float, float]:
 def run_row(args: argparse.Namespace, recipe: dict) -> list[str]:
     """Train one row; returns its cells."""
     argv = ["--data", str(args.data), "--lr", str(recipe["lr"]), "--seed", str(args.seed)]
-    argv += ["--ema", "0", "--label-smoothing", "0"]
+    argv += ["--ema", "0", "--label-smoothing", "0", "--cutmix", "0"]
     options = train.parse_args(argv)
     train_set = train.pack(args.data / "train", args.data)
     val_set = train.pack(args.data / "val", args.data, train_set.classes)

@@ -79,7 +79,7 @@ def our_batches(data: Path, precision: str, batch_size: int) -> tuple[Callable[[
     device = torch.device("cpu")
     run = train.Run(args, *sets, device, train.pick_precision(precision, device))
     run.net.train()
-    draws = train.draw_epoch(run.train_set, 0, 1, args.crop_area)
+    draws = train.draw_epoch(run.train_set, 0, 1, args.crop_area, args.cutmix)
     make_batch, seconds = train.make_batch, []
 
     def timed(*arguments):

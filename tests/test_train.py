@@ -160,14 +160,47 @@ def test_a_batch_holds_the_photos_and_labels_of_its_rows(data, tmp_path):
     draws.flips[:] = False
     draws.noise[:] = 0
     rows = torch.tensor([4, 0, 7])
-    images, labels = train.make_batch(pack, draws, rows, torch.device("cpu"))
+    images, targets = train.make_batch(pack, draws, rows, torch.device("cpu"))
     for i, row in enumerate(rows):
         photo, (x, y) = draws.order[row], (int(v) for v in draws.boxes[row, :2])
         pixels = torch.from_numpy(pack.photos[photo, y : y + 224, x : x + 224].copy())
         torch.testing.assert_close(
             images[i] * 255, pixels.permute(2, 0, 1).float(), atol=0.1, rtol=0
         )
-        assert labels[i] == pack.labels[photo]
+        assert targets[i].tolist() == [float(c == pack.labels[photo]) for c in range(3)]
+
+
+def test_cutmix_covers_a_window_and_the_target_follows_its_area(data, tmp_path):
+    pack = train.pack(data / "train", tmp_path)
+    draws = train.draw_epoch(pack, 0, 1, crop_area=0.35, cutmix=0.5)
+    whole = train.draw_epoch(pack, 0, 1, crop_area=0.35)  # the same but for the windows
+    rows = torch.arange(len(pack))
+    images, targets = train.make_batch(pack, draws, rows, torch.device("cpu"))
+    plain, one_hot = train.make_batch(pack, whole, rows, torch.device("cpu"))
+    covered = 0
+    for row, (left, top, right, bottom) in enumerate(draws.windows.int().tolist()):
+        image, target, partner = plain[row].clone(), one_hot[row], draws.partners[row]
+        image[:, top:bottom, left:right] = plain[partner, :, top:bottom, left:right]
+        share = (bottom - top) * (right - left) / 224**2
+        covered += share > 0
+        torch.testing.assert_close(images[row], image, rtol=0, atol=1e-6)
+        expected = (1 - share) * target + share * one_hot[partner]
+        torch.testing.assert_close(targets[row], expected)
+    assert 0 < covered < len(pack)
+
+
+def test_the_windows_of_cutmix():
+    n = 100_000
+    windows = train.draw_windows(n, 0.25, torch.Generator().manual_seed(0))
+    width, height = (windows[:, 2:] - windows[:, :2]).T
+    assert windows.min() >= 0 and windows.max() <= 224
+    assert (width * height > 0).float().mean() == pytest.approx(0.25, abs=0.005)
+    # Brute force: the area of a square of a share u of the crop, less what lies outside.
+    u, x, y = np.random.default_rng(0).random((3, n))
+    half = np.sqrt(u) / 2
+    sides = [np.minimum(c + half, 1) - np.maximum(c - half, 0) for c in (x, y)]
+    mean = (width * height).sum().item() / (width * height > 0).sum().item() / 224**2
+    assert mean == pytest.approx((sides[0] * sides[1]).mean(), abs=0.01)
 
 
 # ------------------------------------------------------------------------------- training
