@@ -263,16 +263,16 @@ def print_answers(predictions: list[Prediction], classes: list[str]) -> None:
     if len(predictions) == 1:
         top = predictions[0].top
         print(f"class: {top[0][0]}, probability: {top[0][1]:.3f}")
-        width = max(len(label) for label, _ in top)
-        for label, probability in top[1:]:
-            print(f"       {label:<{width}}  {probability:.3f}")
+        labels = pad([label for label, _ in top])
+        for label, (_, probability) in zip(labels[1:], top[1:], strict=True):
+            print(f"       {label}  {probability:.3f}")
         print_similar(predictions[0])
         return
-    width = max((len(p.top[0][0]) for p in predictions), default=0)
-    for prediction in predictions:
-        (label, probability), *_ = prediction.top
+    labels = pad([prediction.top[0][0] for prediction in predictions])
+    for label, prediction in zip(labels, predictions, strict=True):
+        probability = prediction.top[0][1]
         note = f"  (the folder says {prediction.true_class})" if prediction.is_wrong() else ""
-        print(f"{label:<{width}}  {probability:.3f}  {prediction.path}{note}")
+        print(f"{label}  {probability:.3f}  {prediction.path}{note}")
         print_similar(prediction)
     print_accuracy([p for p in predictions if p.true_class], classes)
 
@@ -286,10 +286,21 @@ def print_accuracy(known: list[Prediction], classes: list[str]) -> None:
     """The share of right answers of each class and of all, if there are photos of known class."""
     totals = Counter(p.true_class for p in known)
     right = Counter(p.true_class for p in known if not p.is_wrong())
-    width = max(len(label) for label in [*totals, "accuracy"])
     lines = [(label, right[label], totals[label]) for label in classes if label in totals]
-    for label, n_right, n in [*lines, ("accuracy", right.total(), len(known))] if known else []:
-        print(f"{label:<{width}}  {n_right / n:.4f}  ({n_right} of {n})")
+    lines += [("accuracy", right.total(), len(known))] if known else []
+    labels = pad([label for label, _, _ in lines])
+    for label, (_, n_right, n) in zip(labels, lines, strict=True):
+        print(f"{label}  {n_right / n:.4f}  ({n_right} of {n})")
+
+
+def pad(names: list[str]) -> list[str]:
+    """Names filled up with spaces to one width on a console, where CJK letters take two columns."""
+    widths = [len(name) + wide_letters(name) for name in names]
+    return [name + " " * (max(widths) - width) for name, width in zip(names, widths, strict=True)]
+
+
+def wide_letters(name: str) -> int:
+    return sum(unicodedata.east_asian_width(letter) in "FW" for letter in name)
 
 
 # ------------------------------------------------------------------------------- figures
@@ -430,8 +441,7 @@ def setup_fonts(text: str) -> None:
 def printable(name: str, most: int = 1000) -> str:
     """A name for a figure: its middle left out if it is long, its dollars no formula."""
     name = name.encode("utf-8", "replace").decode()  # half letters, of odd file names
-    n_wide = sum(unicodedata.east_asian_width(letter) in "FW" for letter in name)
-    most = max(most // 2, most - n_wide)
+    most = max(most // 2, most - wide_letters(name))
     if len(name) > most:
         name = f"{name[: most // 2]}\N{HORIZONTAL ELLIPSIS}{name[1 - most // 2 :]}"
     return name.replace("$", r"\$")

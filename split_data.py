@@ -335,12 +335,10 @@ def count(sides: dict[str, str]) -> dict[str, dict[str, int]]:
 
 
 def print_counts(counts: dict[str, dict[str, int]], output: Path) -> None:
-    labels = sorted(counts["train"])
-    width = max(len(label) for label in [*labels, "total"])
-    print(f"{'':<{width}}" + "".join(f"{side:>8}" for side in counts))
-    for label in labels:
-        print(f"{label:<{width}}" + "".join(f"{c.get(label, 0):>8,}" for c in counts.values()))
-    print(f"{'total':<{width}}" + "".join(f"{sum(c.values()):>8,}" for c in counts.values()))
+    print("".join(f"{side:>8}" for side in counts))
+    for label in sorted(counts["train"]):  # last, as letters may be one or two columns wide
+        print("".join(f"{c.get(label, 0):>8,}" for c in counts.values()) + f"  {label}")
+    print("".join(f"{sum(c.values()):>8,}" for c in counts.values()) + "  in all")
     print(f"written to {output}; now run `python train.py --data {output}`")
 
 

@@ -948,7 +948,7 @@ def print_epoch(run: Run) -> None:
     left = run.args.epochs - row["epoch"]
     if row["epoch"] == 1 and left:
         minutes = round(left * row["seconds"] / 60)
-        print(f"      about {minutes // 60} h {minutes % 60:02} min for the {left} epochs left")
+        print(f"      about {minutes // 60} h {minutes % 60:02} min for the other epochs")
     share = run.val_set.largest_share()
     if row["epoch"] == STUCK_EPOCHS and run.best()["val_accuracy"] < share + 0.01:
         print(

@@ -115,6 +115,10 @@ def test_the_table_puts_the_surest_mistakes_first_and_then_the_most_doubtful(cap
     ]
 
 
+def test_columns_stand_straight_behind_letters_of_two_columns():
+    assert predict.pad(["daisy", "玫瑰", ""]) == ["daisy", "玫瑰 ", "     "]
+
+
 def test_a_bad_file_is_named_and_the_others_are_answered(answer, photo, tmp_path):
     (tmp_path / "text.jpg").write_text("no picture")
     status, out, err = answer(tmp_path / "text.jpg", photo, tmp_path / "missing.jpg", "--json")
