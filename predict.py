@@ -357,7 +357,7 @@ def draw_similar(figure: Figure, predictions: list[Prediction]) -> Figure:
     """A row a photo: itself, and the training photos most like it (the paper's figure 4, right)."""
     setup_fonts(str(predictions))
     figure.set_size_inches(13, 2.2 * len(predictions))
-    figure.get_layout_engine().set(h_pad=0.1)  # inches: titles of two lines touch the edge else
+    figure.set_layout_engine("constrained", h_pad=0.1)  # inches: else titles touch the edge
     widths = (1, 0.15, *[1] * NEAREST)  # a gap behind the photo itself
     axes = figure.subplots(len(predictions), len(widths), squeeze=False, width_ratios=widths)
     for axis in axes.flat:
