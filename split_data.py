@@ -338,7 +338,7 @@ def print_counts(counts: dict[str, dict[str, int]], output: Path) -> None:
     print("".join(f"{side:>8}" for side in counts))
     for label in sorted(counts["train"]):  # last, as letters may be one or two columns wide
         print("".join(f"{c.get(label, 0):>8,}" for c in counts.values()) + f"  {label}")
-    print("".join(f"{sum(c.values()):>8,}" for c in counts.values()) + "  in all")
+    print("".join(f"{sum(c.values()):>8,}" for c in counts.values()) + "  total")
     print(f"written to {output}; now run `python train.py --data {output}`")
 
 
