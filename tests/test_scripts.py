@@ -27,7 +27,7 @@ def test_split_train_predict_end_to_end(photos, tmp_path):
     assert (split.returncode, split.stderr) == (0, "") and "total" in split.stdout
     train = run(ROOT / "train.py", "--epochs", "1", "--batch-size", "8", cwd=tmp_path)
     assert (train.returncode, train.stderr) == (0, "")
-    assert "58,293,635 parameters" in train.stdout and "best epoch on val: 1 of 1" in train.stdout
+    assert "56,880,515 parameters" in train.stdout and "best epoch on val: 1 of 1" in train.stdout
     photo = next((tmp_path / "data" / "val").rglob("*.jpg"))
     predict = run(ROOT / "predict.py", photo, cwd=tmp_path)
     assert (predict.returncode, predict.stderr) == (0, "the figure is in prediction.png\n")
