@@ -19,6 +19,7 @@ import sys
 import warnings
 import zipfile
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import BinaryIO
 
@@ -178,7 +179,7 @@ class AlexNet(nn.Module):
             self.initialize()
 
     def initialize(self) -> None:
-        """Draw He's weights, those of conv1 from the paper's N(0, 0.01), and set all biases to 0.
+        """Draw weights by He's rule, conv1's from the paper's N(0, 0.01); set all biases to 0.
 
         He's deviation in conv1, 0.074, is noise seven times as strong: after 15 epochs its
         kernels (section 6.1) still showed little else.
@@ -220,16 +221,13 @@ class AlexNet(nn.Module):
             # Sparse tensors and those of the meta device, which have no content, load as well.
             plain = all(x.layout == torch.strided and not x.is_meta for x in state.values())
             is_float = all(tensor.dtype == torch.float32 for tensor in state.values())
-        except Exception as error:  # whatever such a file may hold in their place
-            raise InputError("it does not hold the weights of this AlexNet") from error
-        if num_classes < 1 or groups not in (1, 2) or not is_float or not plain:
-            raise InputError("it does not hold the weights of this AlexNet")
-        try:
+            if num_classes < 1 or groups not in (1, 2) or not is_float or not plain:
+                raise ValueError("not as this class has them")
             with torch.device("meta"):  # no memory, and no drawing of 58 million numbers
                 net = cls(num_classes, groups)
             net.load_state_dict(state, assign=True)
-        except (RuntimeError, TypeError, AttributeError) as error:  # a list of names and shapes
-            raise InputError("its tensors do not fit this AlexNet") from error
+        except Exception as error:  # whatever such a file may hold in their place
+            raise InputError("it does not hold the weights of this AlexNet") from error
         return net
 
 
@@ -251,7 +249,7 @@ def read_image(path: str | Path) -> Image.Image:
                 ImageOps.exif_transpose(image, in_place=True)
             if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip at 255
                 wide = np.asarray(image)
-                if wide.max() > 65535:
+                if wide.max() > 65535 or wide.min() < 0:
                     raise ValueError("32 bits a pixel are too many")
                 image = Image.fromarray((wide >> 8).astype(np.uint8))
             if image.mode == "F":
@@ -346,6 +344,9 @@ def setup_console() -> None:
 
     Pillow's remarks on odd files stay off it: a file is read, or one line says why not.
     """
+    backend = os.environ.get("MPLBACKEND", "")  # a notebook's own, which another environment lacks
+    if backend.startswith("module://") and not find_spec(backend[9:].split(".")[0]):
+        os.environ["MPLBACKEND"] = "agg"
     warnings.filterwarnings("ignore", module="PIL")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -363,7 +364,7 @@ def image_files(folder: Path) -> list[Path]:
     def fail(error: OSError) -> None:  # else what may not be read would be missed in silence
         raise error
 
-    for root, folders, names in os.walk(folder, onerror=fail):
+    for root, folders, names in os.walk(folder, onerror=fail, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         files += [
             Path(root, name)
@@ -410,10 +411,8 @@ def is_alive(pid: int) -> bool:
         return False
     try:
         os.kill(pid, 0)  # signal 0 only asks
-    except ProcessLookupError:
-        return False
-    except OSError:  # somebody else's
-        return True
+    except OSError as error:
+        return not isinstance(error, ProcessLookupError)  # else it is somebody else's
     return True
 
 

@@ -5,7 +5,7 @@
     python predict.py data/val                         # a table, the accuracy, a confusion matrix
     python predict.py data/val --json > answers.jsonl  # one JSON object a line
 
-Where a photo's folder has the name of a class, that is its true class. A table begins with the
+The innermost folder with the name of a class tells a photo's true class. A table begins with the
 answers that are wrong, the surest first, which is where wrong labels show; the others follow, the
 most doubtful first. Photos that are named appear in a window, without a display in prediction.png;
 those of a folder are drawn for --save alone, but their confusion_matrix.png is written to the
@@ -67,7 +67,7 @@ class Prediction:
 
     path: Path
     top: list[tuple[str, float]]  # class and probability, the likeliest first
-    true_class: str | None  # the folder's name, if it is a class
+    true_class: str | None  # the innermost folder that is a class
     similar: list[tuple[float, Path]] = field(default_factory=list)  # distance and training photo
 
     def is_wrong(self) -> bool:
@@ -201,8 +201,8 @@ def predict(
         for path, indices, values in zip(paths, best.indices, best.values, strict=True):
             names = [classes[i] for i in indices]
             top = list(zip(names, values.tolist(), strict=True))
-            folder = path.absolute().parent.name
-            yield Prediction(path, top, folder if folder in classes else None)
+            folders = (folder.name for folder in path.absolute().parents)
+            yield Prediction(path, top, next((name for name in folders if name in classes), None))
 
 
 @torch.inference_mode()

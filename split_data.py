@@ -219,7 +219,7 @@ def list_photos(source: Path) -> dict[str, list[str]]:
             continue
         photos = []
         # as_posix: sorting Path objects ignores case on Windows
-        for path in sorted(folder.rglob("*"), key=lambda path: path.as_posix()):
+        for path in sorted(everything_in(folder), key=lambda path: path.as_posix()):
             name = path.relative_to(source).as_posix()
             hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
             if path.is_file() and not hidden and name.lower().endswith(IMAGE_SUFFIXES):
@@ -238,6 +238,14 @@ def list_photos(source: Path) -> dict[str, list[str]]:
             f"one folder a class, with photos ({', '.join(IMAGE_SUFFIXES[:3])}, ...) in each"
         )
     return classes
+
+
+def everything_in(folder: Path) -> Iterator[Path]:
+    """All below a folder; unlike rglob() it raises what may not be read."""
+    for path in folder.iterdir():
+        yield path
+        if path.is_dir() and not path.is_symlink():
+            yield from everything_in(path)
 
 
 def print_names(title: str, names: list[str], most: int = 10) -> None:
@@ -425,34 +433,17 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--source",
-        type=Path,
-        default=Path(DEFAULT_SOURCE),
-        help="a folder of class folders, or a .tgz or .tar of one (default: %(default)s, "
-        "downloaded if it is not there: 229 MB)",
-    )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=Path("data"),
-        help="the folder to make (default: %(default)s); an earlier split in it is replaced",
-    )
-    parser.add_argument(
-        "--val-rate",
-        type=float,
-        default=0.1,
-        help="share of every class that training is watched on (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--test-rate",
-        type=float,
-        default=0.0,
-        help="share of every class set aside for a test (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="another seed draws another split (default: 0)"
-    )
+    add = parser.add_argument
+    source = "a folder of class folders, or a .tgz or .tar of one (default: %(default)s, "
+    source += "downloaded if it is not there: 229 MB)"
+    add("--source", type=Path, default=Path(DEFAULT_SOURCE), help=source)
+    output = "the folder to make (default: %(default)s); an earlier split in it is replaced"
+    add("--output", type=Path, default=Path("data"), help=output)
+    val_rate = "share of every class that training is watched on (default: %(default)s)"
+    add("--val-rate", type=float, default=0.1, help=val_rate)
+    test_rate = "share of every class set aside for a test (default: %(default)s)"
+    add("--test-rate", type=float, default=0.0, help=test_rate)
+    add("--seed", type=int, default=0, help="another seed draws another split (default: 0)")
     args = parser.parse_args(argv)
     if args.output.name in ("", ".."):
         parser.error(f"--output {args.output} has no name of its own; give a folder to make")

@@ -32,12 +32,11 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
@@ -64,6 +63,9 @@ from alexnet import (
     to_float,
 )
 
+if TYPE_CHECKING:  # imported where something is drawn, when setup_console has had its say
+    from matplotlib.figure import Figure
+
 WARMUP_EPOCHS = 3  # the learning rate rises to --lr over these
 LR_FACTOR = 0.1  # section 5: divided by 10 when the validation error stops improving,
 MAX_LR_DROPS = 3  # and three times in all
@@ -78,6 +80,7 @@ COLUMNS = (  # of a row of the history, behind the epoch
 # torchrun starts many processes, a card each; alone, this is process 0 of 1. All draw the same
 # epoch and take every WORLD_SIZE-th photo of a batch; process 0 writes, the others wait for it.
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+NO_BAR = RANK > 0 or None  # None: a bar where somebody watches
 # What --resume takes from last.pt; everything else comes from the command line.
 RUN_OPTIONS = (
     "recipe batch_size lr momentum weight_decay ema label_smoothing patience crop_area cutmix "
@@ -106,7 +109,7 @@ def main(argv: list[str] | None = None) -> int:
         ) from error
     except KeyboardInterrupt:
         saved = (args.output / "last.pt").exists()
-        how = "--resume goes on after the last whole epoch" if saved else "no epoch was whole yet"
+        how = "--resume goes on with the run in last.pt" if saved else "no epoch was whole yet"
         print(f"\nstopped; {how}", file=sys.stderr)
         return 130
     return 0
@@ -138,8 +141,6 @@ def processes(device: str) -> Iterator[None]:
     a_day = datetime.timedelta(days=1)  # packing may take hours, and the others wait for it
     dist.init_process_group("nccl" if cuda else "gloo", timeout=a_day)
     quiet = contextlib.redirect_stdout(open(os.devnull, "w")) if RANK else contextlib.nullcontext()
-    if RANK:
-        os.environ["TQDM_DISABLE"] = "1"
     with quiet:
         yield
     dist.destroy_process_group()
@@ -172,7 +173,6 @@ def train(args: argparse.Namespace) -> None:
     device = pick_device(args.device)
     precision = pick_precision(args.precision, device)
     checkpoint = open_checkpoint(args)
-    is_reported = checkpoint is not None and is_newer(args.output / "run.json", than="last.pt")
     with process_0_first():
         train_set = pack(args.data / "train", args.output)
         val_set = pack(args.data / "val", args.output, train_set.classes)
@@ -187,17 +187,15 @@ def train(args: argparse.Namespace) -> None:
     if run.has_ended():
         print(f"nothing left to do: the run has ended after epoch {len(run.history)}")
     else:
-        print_header()
+        print("epoch       lr   train loss  accuracy   val loss  accuracy   images/s  seconds")
     while not run.has_ended():
         run_epoch(run)
-        is_reported = False
         if RANK == 0:
             save_checkpoint(run)
             (args.output / "run.json").unlink(missing_ok=True)
             write_results(run)
             print_epoch(run)
-    if not is_reported:
-        report(run)
+    report(run)
 
 
 # ------------------------------------------------------------------------------- precision
@@ -262,8 +260,7 @@ def pack(folder: Path, output: Path, classes: list[str] | None = None) -> Pack:
     stats = [path.stat() for path in files]
     facts = [[n, s.st_size, s.st_mtime_ns] for n, s in zip(names, stats, strict=True)]
     places = [place / f"{folder.name}.packed.npy" for place in (folder.parent, output)]
-    records = [(place, read_record(place)) for place in places]
-    found = [(place, record) for place, record in records if record.get("files") == facts]
+    found = [(p, record) for p in places if (record := read_record(p)).get("files") == facts]
     array, record = found[0] if found else make_pack(files, facts, places)
     return Pack(
         photos=np.load(array, mmap_mode="r"),
@@ -332,13 +329,12 @@ def write_photos(file: Any, files: list[Path], array: Path) -> tuple[np.ndarray,
         return pixels.tobytes(), values.sum(0), values.T @ values
 
     shape = (len(files), IMAGE_SIZE, IMAGE_SIZE, 3)
-    np.lib.format.write_array_header_1_0(
-        file, {"descr": "|u1", "fortran_order": False, "shape": shape}
-    )
+    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, header)
     total, products = np.zeros(3), np.zeros((3, 3))
     with (
         ThreadPoolExecutor(os.cpu_count()) as threads,
-        tqdm(total=len(files), desc=f"packing {array.stem}", unit="photo", disable=None) as bar,
+        tqdm(total=len(files), desc=f"packing {array.stem}", unit="photo", disable=NO_BAR) as bar,
     ):
         for start in range(0, len(files), 256):  # no more than these wait to be written
             for data, photo_total, photo_products in threads.map(
@@ -362,8 +358,8 @@ class Draws:
     boxes: Tensor  # float32 (n, 4): left, top, width, height of the crop, in pixels of 256
     flips: Tensor  # bool (n,)
     noise: Tensor  # float32 (n, 3), added to RGB in 0..1
-    windows: Tensor  # float32 (n, 4): left, top, right, bottom, in pixels of the crop, where
-    partners: Tensor  # int64 (n,), the crop of this row covers it
+    windows: Tensor  # float32 (n, 4): left, top, right, bottom, in pixels of the crop
+    partners: Tensor  # int64 (n,): the row whose crop is seen in the window
 
 
 def draw_epoch(
@@ -506,21 +502,16 @@ class Run:
         if args.recipe == "paper":
             self.net.initialize_as_2012()
         self.net.to(device, memory_format=torch.channels_last)
-        # The network as training calls it: itself, or what joins many processes.
-        many = WORLD_SIZE > 1
-        self.model = (
-            DistributedDataParallel(self.net, broadcast_buffers=False) if many else self.net
-        )
+        self.model = self.net  # as training calls it
+        if WORLD_SIZE > 1:
+            self.model = DistributedDataParallel(self.net, broadcast_buffers=False)
         # The average of the weights over the last steps, which is evaluated and saved.
         self.average = copy.deepcopy(self.net).eval().requires_grad_(False)
+        parameters = list(self.net.parameters())
         self.optimizer = torch.optim.SGD(
-            self.net.parameters(),
-            args.lr,
-            args.momentum,
-            weight_decay=args.weight_decay,
-            fused=True,
+            parameters, args.lr, args.momentum, weight_decay=args.weight_decay, fused=True
         )
-        for parameter in self.net.parameters():  # garbage, if the scaler skips the first step
+        for parameter in parameters:  # garbage, if the scaler skips the first step
             self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         self.scheduler = ReduceLROnPlateau(
             self.optimizer, factor=LR_FACTOR, patience=args.patience, eps=0
@@ -580,7 +571,7 @@ def train_one_epoch(run: Run, epoch: int) -> tuple[float, float]:
     run.net.train()
     batches = torch.arange(n).split(args.batch_size)
     totals = torch.zeros(2, device=run.device)  # loss and right answers, summed over photos
-    with tqdm(total=n, desc=f"epoch {epoch}", unit="image", leave=False, disable=None) as bar:
+    with tqdm(total=n, desc=f"epoch {epoch}", unit="image", leave=False, disable=NO_BAR) as bar:
         for number, batch in enumerate(batches, start=1):
             if epoch <= WARMUP_EPOCHS:
                 warm = (epoch - 1 + number / len(batches)) / WARMUP_EPOCHS
@@ -624,7 +615,7 @@ def train_one_batch(run: Run, draws: Draws, batch: Tensor) -> Tensor:
 
 @torch.no_grad()
 def update_average(run: Run, steps: int) -> None:
-    """Move the average of the weights towards the weights, after so many steps in all.
+    """Move the exponential moving average of the weights on, after so many steps in all.
 
     At a high learning rate the weights circle around a good place; their average lies in it.
     """
@@ -637,7 +628,7 @@ def evaluate(run: Run, views: str) -> tuple[float, float]:
     """Loss and accuracy on the validation set, by the mean of the views' probabilities."""
     totals = torch.zeros(2, device=run.device)
     rows = torch.arange(len(run.val_set))[RANK::WORLD_SIZE].split(photos_at_once(views))
-    for batch in tqdm(rows, desc=f"evaluating, {views}", leave=False, disable=None):
+    for batch in tqdm(rows, desc=f"evaluating, {views}", leave=False, disable=NO_BAR):
         photos = torch.from_numpy(run.val_set.photos[batch.numpy()]).to(run.device)
         labels = run.val_set.labels[batch].to(run.device)
         with run.autocast():
@@ -691,12 +682,6 @@ def open_checkpoint(args: argparse.Namespace) -> dict[str, Any] | None:
             )
         setattr(args, name, saved)
     return checkpoint
-
-
-def is_newer(path: Path, than: str) -> bool:
-    """A run.json that is not is of fewer epochs or an earlier run: a kill came behind last.pt."""
-    other = path.with_name(than)
-    return path.exists() and path.stat().st_mtime_ns >= other.stat().st_mtime_ns
 
 
 def load_checkpoint(run: Run, checkpoint: dict[str, Any]) -> None:
@@ -821,6 +806,8 @@ def draw_curves(
     history: list[dict[str, float]], largest_share: float, best: dict[str, float]
 ) -> Figure:
     """Loss and accuracy of both sets by epoch; the drops of the learning rate, the best epoch."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     epochs = [row["epoch"] for row in history]
     loss, accuracy = figure.subplots(1, 2)
@@ -894,7 +881,7 @@ def report(run: Run) -> None:
         f"best epoch on val: {best['epoch']} of {len(run.history)}, "
         f"accuracy {best['val_accuracy']:.4f} by center-crop, {ten_crop:.4f} by ten-crop"
     )
-    print(f"the weights are in {output / 'AlexNet.pth'}; now `python predict.py` a photo")
+    print(f"now classify a photo: python predict.py PHOTO --weights {output / 'AlexNet.pth'}")
 
 
 def read_split(data: Path) -> dict[str, Any]:
@@ -934,10 +921,6 @@ def print_facts(run: Run) -> None:
     print(f"disk     {disk_needed(run) / 1e9:.1f} GB in {run.args.output} at most", flush=True)
 
 
-def print_header() -> None:
-    print("epoch       lr   train loss  accuracy   val loss  accuracy   images/s  seconds")
-
-
 def print_epoch(run: Run) -> None:
     row = run.history[-1]
     line = (
@@ -965,14 +948,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
     add_options(parser)
-    args = parser.parse_args(argv)
-    if args.recipe == "paper":
+    # Parsed first without defaults: what was given on the command line.
+    bare = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(RUN_OPTIONS)))
+    if bare.recipe == "paper":
         parser.set_defaults(**PAPER)
-        args = parser.parse_args(argv)
+    args = parser.parse_args(argv)
     if args.resume and args.overwrite:
         parser.error("--resume and --overwrite contradict each other")
-    # Parsed once more without defaults: what was given on the command line.
-    bare = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(RUN_OPTIONS)))
     args.given = {name for name in RUN_OPTIONS if getattr(bare, name) is not None}
     return args
 
@@ -994,7 +976,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--lr", type=within(float, 1e-12, 1e12), default=0.01, help="learning rate [0.01]")
     add("--momentum", type=rate, default=0.9, help="of SGD [0.9]")
     add("--weight-decay", type=rate, default=0.0005, help="of SGD [0.0005]")
-    ema = "share of the average of the weights kept a step; it is evaluated and saved [0: none]"
+    ema = "decay of the moving average of the weights, which is evaluated and saved [0: none]"
     add("--ema", type=rate, default=0.99, help=ema)
     smoothing = "share of the answer spread over all classes in the training loss [0]"
     add("--label-smoothing", type=rate, default=0.1, help=smoothing)
@@ -1004,7 +986,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--crop-area", type=rate, default=0.25, help=crop)
     cutmix = "share of the photos of which a random window is covered by another photo [0]"
     add("--cutmix", type=rate, default=0.5, help=cutmix)
-    groups = "2: as on the paper's two GPUs; 1: all maps see all below, 1.4 times the work [2]"
+    groups = "2: as on the paper's two GPUs; 1: all maps see all below, 1.4 times the time [2]"
     add("--groups", type=int, choices=(1, 2), default=2, help=groups)
     add("--seed", type=within(int, 0, 2**32), default=0, help="of weights, order, crops, dropout")
 

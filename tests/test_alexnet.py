@@ -214,9 +214,9 @@ def test_sixteen_bit_grey_keeps_its_shades():
 
 
 def test_pixels_of_unknown_scale_are_refused():
-    for values in (np.array([[0.5]], dtype=np.float32), np.array([[70_000]], dtype=np.int32)):
+    for value, kind in ((0.5, np.float32), (70_000, np.int32), (-5, np.int32)):
         with pytest.raises(InputError):
-            read_image(saved(Image.fromarray(values), "tiff"))
+            read_image(saved(Image.fromarray(np.array([[value]], dtype=kind)), "tiff"))
 
 
 def test_palette_grey_one_bit_and_cmyk_come_out_right():
@@ -298,6 +298,17 @@ def test_pictures_are_found_in_sorted_order_and_hidden_ones_are_not(tmp_path):
         (tmp_path / name).write_bytes(b"")
     found = [path.relative_to(tmp_path).as_posix() for path in alexnet.image_files(tmp_path)]
     assert found == ["0.webp", "a/deep/4.gif", "b/1.PNG", "b/2.jpg"]
+
+
+def test_pictures_in_a_linked_folder_are_found(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "1.jpg").write_bytes(b"")
+    (tmp_path / "train").mkdir()
+    try:
+        (tmp_path / "train" / "cats").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    except OSError:
+        pytest.skip("links need a right that this user lacks")
+    assert alexnet.image_files(tmp_path / "train") == [tmp_path / "train" / "cats" / "1.jpg"]
 
 
 def test_a_hostile_weights_file_runs_no_code(tmp_path):

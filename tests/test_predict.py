@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -95,6 +96,15 @@ def test_a_folder_gives_a_table_and_the_accuracy(answer, trained, data):
     assert out.splitlines()[-1].split() == accuracy
 
 
+def test_the_innermost_folder_that_is_a_class_is_the_true_class(answer, photo, tmp_path):
+    for folder in ("tulips/daisy/2019", "2019"):
+        (tmp_path / folder).mkdir(parents=True)
+        shutil.copy(photo, tmp_path / folder)
+    _, out, _ = answer(tmp_path, "--json")
+    first, second = map(json.loads, out.splitlines())
+    assert "true_class" not in first and second["true_class"] == "daisy"
+
+
 def test_the_table_puts_the_surest_mistakes_first_and_then_the_most_doubtful(capsys):
     def prediction(name: str, probability: float, true_class: str | None) -> predict.Prediction:
         return predict.Prediction(Path(name), [("rose", probability)], true_class)
@@ -138,6 +148,21 @@ def test_without_a_display_the_figure_is_saved(answer, photo, tmp_path, monkeypa
     with Image.open("prediction.png") as image:
         assert image.width > 500 and len(image.convert("RGB").getcolors(1 << 20)) > 100
     assert {path.name for path in tmp_path.iterdir()} == {"prediction.png", "figure.pdf"}
+
+
+@pytest.mark.parametrize("script", ["predict.py", "train.py"])
+def test_the_backend_of_a_notebook_may_be_missing(trained, data, photo, tmp_path, script):
+    argv = [photo, "--weights", trained / "AlexNet.pth"]
+    if script == "train.py":  # which writes its curves again, and nothing else
+        argv = ["--data", data, "--output", trained, "--resume", "--epochs", "2"]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / script), *map(str, argv)],
+        cwd=tmp_path,
+        env=os.environ | {"MPLBACKEND": "module://lacking_inline.backend_inline"},
+        capture_output=True,
+        encoding="utf-8",
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_figures_that_cannot_be(answer, photo, capsys):

@@ -99,6 +99,20 @@ def test_what_is_no_photo_is_skipped_and_named(twelve, tmp_path, capsys):
         assert name in printed
 
 
+def test_a_folder_that_may_not_be_read_is_no_empty_one(twelve, tmp_path, monkeypatch):
+    (twelve / "a" / "2019").mkdir()
+    iterdir = Path.iterdir
+
+    def refuse(path: Path):
+        if path.name == "2019":
+            raise PermissionError(13, "Permission denied", str(path))
+        return iterdir(path)
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    message = error_of(split_data.main, "--source", twelve, "--output", tmp_path / "data")
+    assert "Permission denied" in message and "2019" in message
+
+
 def test_an_archive_is_a_source_too(twelve, tmp_path):
     for name, folder in (("nested.tgz", "photos"), ("flat.tar", ".")):
         with tarfile.open(tmp_path / name, "w:gz" if name.endswith("tgz") else "w") as tar:
