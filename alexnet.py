@@ -342,9 +342,10 @@ def pick_device(name: str) -> torch.device:
 def setup_console() -> None:
     """Let a console that cannot print a letter print its code instead of failing.
 
-    Pillow's remarks on odd files stay off it: a file is read, or one line says why not.
+    Pillow's remarks on odd files stay off it: a file is read, or one line says why not. The window
+    of a notebook, which passes its MPLBACKEND on, gives way where this environment lacks it.
     """
-    backend = os.environ.get("MPLBACKEND", "")  # a notebook's own, which another environment lacks
+    backend = os.environ.get("MPLBACKEND", "")
     if backend.startswith("module://") and not find_spec(backend[9:].split(".")[0]):
         os.environ["MPLBACKEND"] = "agg"
     warnings.filterwarnings("ignore", module="PIL")
