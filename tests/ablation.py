@@ -57,7 +57,7 @@ def recipes() -> dict[str, dict]:
         last = list(rows.values())[-1]
         rows[f"+ {name}"] = last | {name: value}
     rows["ours"] = rows.pop(f"+ {name}")
-    for name in list(OURS)[1:]:  # the first is above
+    for name in list(OURS)[1:]:  # the first change alone is the second row
         rows[f"tutorial, but {name}"] = TUTORIAL | {name: OURS[name]}
     return rows
 
