@@ -358,6 +358,11 @@ def describe(error: OSError) -> str:
     return f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    words = ("out of memory", "ALLOC_FAILED", "can't allocate memory", "not enough memory")
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
+
+
 def image_files(folder: Path) -> list[Path]:
     """The picture files below a folder, in sorted order, hidden files and folders left out."""
     files = []

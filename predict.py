@@ -42,6 +42,7 @@ from alexnet import (
     center_square,
     describe,
     image_files,
+    is_out_of_memory,
     load_tensors,
     photos_at_once,
     pick_device,
@@ -92,6 +93,11 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     except OSError as error:
         raise SystemExit(f"error: {describe(error)}") from error
+    except (MemoryError, RuntimeError) as error:  # a card may be full of another program's run
+        if not is_out_of_memory(error):
+            raise
+        message = "error: out of memory; end other programs, or leave the card with --device cpu"
+        raise SystemExit(message) from error
     except KeyboardInterrupt:
         return 130
 

@@ -52,6 +52,7 @@ from alexnet import (
     center_square,
     describe,
     image_files,
+    is_out_of_memory,
     load_tensors,
     photos_at_once,
     pick_device,
@@ -161,11 +162,6 @@ def sum_over_processes(numbers: Tensor) -> Tensor:
         numbers = numbers.clone()
         dist.all_reduce(numbers)
     return numbers
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    words = ("out of memory", "ALLOC_FAILED", "can't allocate memory", "not enough memory")
-    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
 
 def train(args: argparse.Namespace) -> None:

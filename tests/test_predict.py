@@ -290,6 +290,15 @@ def test_a_class_list_that_does_not_fit(trained, photo, tmp_path, content):
     )
 
 
+def test_out_of_memory_names_the_option_that_helps(trained, photo, monkeypatch):
+    def fail(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(predict, "predict_probabilities", fail)
+    message = error_of(predict.main, photo, "--weights", trained / "AlexNet.pth")
+    assert "--device cpu" in message
+
+
 def test_a_folder_without_pictures(trained, tmp_path):
     (tmp_path / "empty").mkdir()
     options = ("--weights", trained / "AlexNet.pth")
