@@ -30,7 +30,7 @@ from torch import nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-BATCH = 64
+BATCH = 32  # the default of train.py
 STEP_GFLOP = 4.11  # of a training step for one image: 3 x forward, less conv1's input gradient
 # What train.py sets from inside, as environment variables for stock.
 KEEP_BLOCKS = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
@@ -74,12 +74,11 @@ def our_batches(data: Path, precision: str, batch_size: int) -> tuple[Callable[[
 
     train.keep_large_blocks()
     argv = ["--data", str(data), "--output", str(data), "--batch-size", str(batch_size)]
-    args = train.parse_args(argv)
-    sets = [train.pack(data / side, data) for side in ("train", "val")]
-    device = torch.device("cpu")
-    run = train.Run(args, *sets, device, train.pick_precision(precision, device))
+    args = train.parse_args([*argv, "--precision", precision])
+    train.open_checkpoint(args)
+    train_set = train.Photos(data / "train", data)
+    run = train.Run(args, train_set, train.Photos(data / "val", data, train_set.classes))
     run.net.train()
-    draws = train.draw_epoch(run.train_set, 0, 1, args.crop_area, args.cutmix)
     make_batch, seconds = train.make_batch, []
 
     def timed(*arguments):
@@ -89,11 +88,10 @@ def our_batches(data: Path, precision: str, batch_size: int) -> tuple[Callable[[
         return batch
 
     train.make_batch = timed
-    order = torch.arange(len(run.train_set)).repeat(50).split(batch_size)
-    batches = iter(order)
+    batches = iter(torch.arange(len(run.train_set)).repeat(50).split(batch_size))
 
     def step() -> None:
-        totals = train.train_one_batch(run, draws, next(batches))
+        totals = train.train_one_batch(run, next(batches))
         train.update_average(run, steps=1000)
         totals.tolist()
 
@@ -168,7 +166,8 @@ def measure_lrn(ours: bool) -> dict[str, float]:
 
     if ours:
         train.keep_large_blocks()
-    norm = (alexnet.LocalResponseNorm if ours else torch.nn.LocalResponseNorm)(5, 5e-4, 0.75, 2.0)
+    stock = torch.nn.LocalResponseNorm(5, 5e-4, 0.75, 2.0)
+    norm = alexnet.LocalResponseNorm() if ours else stock
     layout = torch.channels_last if ours else torch.contiguous_format
     total = 0.0
     for shape in ((BATCH, 96, 55, 55), (BATCH, 256, 27, 27)):
@@ -220,7 +219,7 @@ def spawn(name: str, data: Path) -> dict[str, float]:
     if name == "stock start":
         command[1:] = ["-c", "import torch"]
     elif name.endswith("start"):
-        command[1:] = [ROOT / "predict.py", data / "photo.jpg", "--no-figure"]
+        command[1:] = [ROOT / "predict.py", data / "photo.jpg", "--save", data / "a.png"]
     start = time.perf_counter()
     result = subprocess.run(
         [*map(str, command)],
@@ -262,7 +261,7 @@ def print_table(found: dict[str, dict[str, float]], precisions: list[str]) -> No
         ("steps alone, images/s", "speed", "steps", "stock"),
         ("  stock with our allocator settings", "speed", "steps", "kept"),
         ("share of training spent on input", "speed", "input share", "stock"),
-        ("LRN forward and backward, batch 64, ms", "lrn", "lrn", "stock"),
+        ("LRN forward and backward, batch 32, ms", "lrn", "lrn", "stock"),
         ("peak memory at batch 128, MiB", "memory", "memory", "stock"),
         ("predict.py against import torch, s", "start", "start", "stock"),
     ]

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
 import os
+import random
 import shutil
+import socket
 import tarfile
 import threading
+import zipfile
 from collections import Counter
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
-from conftest import draw_photos, error_of
+from conftest import draw_photos, error_of, full_disk
 from PIL import Image
 
 import split_data
@@ -26,12 +31,19 @@ def split(source: Path, output: Path, *options: str) -> dict[str, bytes]:
     return contents(output)
 
 
+def refusal(source: Path, output: Path, *options: str) -> str:
+    """What split_data.py says; nothing on the disk may have changed, or be left behind."""
+    before = contents(output.parent)
+    message = error_of(split_data.main, "--source", source, "--output", output, *options)
+    assert contents(output.parent) == before
+    return message
+
+
 def contents(folder: Path) -> dict[str, bytes]:
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
+    """{path: bytes}; of empty folders, too."""
+    found = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*"))}
+    files = {name: path.read_bytes() for name, path in found.items() if path.is_file()}
+    return files | {name: b"" for name, x in found.items() if x.is_dir() and not os.listdir(x)}
 
 
 @pytest.fixture
@@ -39,7 +51,10 @@ def twelve(tmp_path: Path) -> Path:
     return draw_photos(tmp_path / "photos", {"a": 12, "b": 10})
 
 
-def test_every_class_is_split_at_the_rate_and_no_photo_is_lost(twelve, tmp_path):
+def test_every_class_is_split_at_the_rate_and_no_photo_is_lost(twelve, tmp_path, capsys):
+    (twelve / "b" / "deep").mkdir()
+    os.rename(twelve / "b" / "00.jpg", twelve / "b" / "deep" / "x.JPG")
+    before = contents(twelve)
     files = split(twelve, tmp_path / "data", "--val-rate", "0.25", "--test-rate", "0.1")
     record = json.loads(files.pop("split.json"))
     counts = Counter(tuple(name.split("/")[:2]) for name in files)
@@ -47,22 +62,27 @@ def test_every_class_is_split_at_the_rate_and_no_photo_is_lost(twelve, tmp_path)
         ("train", "a"): 8, ("val", "a"): 3, ("test", "a"): 1,
         ("train", "b"): 7, ("val", "b"): 2, ("test", "b"): 1,
     }  # fmt: skip
-    assert {name.split("/", 1)[1]: data for name, data in files.items()} == contents(twelve)
+    assert {name.split("/", 1)[1]: data for name, data in files.items()} == before
+    assert contents(twelve) == before
     assert record["files"] == {n: hashlib.sha256(d).hexdigest() for n, d in files.items()}
-    assert record["seed"] == 0 and record["val_rate"] == 0.25 and record["test_rate"] == 0.1
-    assert record["counts"]["val"] == {"a": 3, "b": 2}
+    assert (record["seed"], record["val_rate"], record["test_rate"]) == (0, 0.25, 0.1)
+    table = [line.split() for line in capsys.readouterr().out.splitlines()[:4]]
+    assert table[1:] == [["8", "3", "1", "a"], ["7", "2", "1", "b"], ["15", "5", "2", "total"]]
 
 
 def test_the_split_follows_from_the_seed_not_from_the_order_of_files(twelve, tmp_path, monkeypatch):
     first = split(twelve, tmp_path / "first")
-    walk = Path.iterdir
-    monkeypatch.setattr(Path, "iterdir", lambda path: sorted(walk(path), reverse=True))
-    copy = tmp_path / "elsewhere"
-    for name in sorted(contents(twelve), reverse=True):  # made in another order too
-        (copy / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(twelve / name, copy / name)
-    again = split(copy, tmp_path / "again")
-    assert set(again) == set(first)
+    val = {name for name in first if name.startswith("val/")}
+    assert val == {"val/a/06.jpg", "val/b/04.jpg"}  # on any machine
+    walk = os.walk
+
+    def backwards(*args, **kwargs) -> Iterator[tuple[str, list[str], list[str]]]:
+        for found in walk(*args, **kwargs):
+            found[1].reverse(), found[2].reverse()
+            yield found
+
+    monkeypatch.setattr(os, "walk", backwards)
+    assert split(twelve, tmp_path / "again") == first
     assert set(split(twelve, tmp_path / "other", "--seed", "1")) != set(first)
 
 
@@ -71,276 +91,282 @@ def test_equal_photos_stay_on_one_side_and_a_conflict_is_named(tmp_path, capsys)
     for i in range(6):
         shutil.copyfile(photos / "a" / f"{i:02d}.jpg", photos / "a" / f"copy{i}.jpg")
     shutil.copyfile(photos / "a" / "10.jpg", photos / "b" / "same.jpg")
-    for seed in range(8):
-        files = split(photos, tmp_path / "data", "--val-rate", "0.3", "--seed", str(seed))
-        sides: dict[bytes, set[str]] = {}
-        for name, data in files.items():
-            sides.setdefault(data, set()).add(name.split("/")[0])
-        assert all(len(found) == 1 for found in sides.values())
-        n_val = Counter(name.split("/")[1] for name in files if name.startswith("val/"))
-        assert n_val == {"a": 7, "b": 6}  # the rate is kept all the same
+    for seed in "0123":
+        files = split(photos, tmp_path / f"data{seed}", "--val-rate", "0.3", "--seed", seed)
+        places = {(name.split("/")[0], data) for name, data in files.items()}
+        assert len(places) == len(set(files.values()))
+        val = {(name.split("/")[1], data) for name, data in files.items() if name[:4] == "val/"}
+        counts = Counter(label for label, _ in val)
+        assert counts["a"] == 6 and counts["b"] in (6, 7)  # of different photos
     printed = capsys.readouterr().out
     assert "conflict, one photo under two classes: a/10.jpg = b/same.jpg" in printed
     assert "a/00.jpg = a/copy0.jpg" in printed
 
 
-def test_what_is_no_photo_is_skipped_and_named(twelve, tmp_path, capsys):
-    (twelve / "LICENSE.txt").write_text("CC")
-    (twelve / "empty").mkdir()
-    (twelve / ".hidden").mkdir()
-    shutil.copyfile(twelve / "a" / "00.jpg", twelve / ".hidden" / "00.jpg")
-    shutil.copyfile(twelve / "a" / "00.jpg", twelve / "a" / "._00.jpg")
-    (twelve / "a" / "notes.txt").write_text("x")
-    (twelve / "a" / "broken.jpg").write_bytes((twelve / "a" / "00.jpg").read_bytes()[:700])
-    files = split(twelve, tmp_path / "data")
-    assert len(files) == 22 + 1 and not any("broken" in name for name in files)
-    printed = capsys.readouterr().out
-    for name in ("LICENSE.txt", "empty/", ".hidden", "a/._00.jpg", "a/notes.txt", "a/broken.jpg"):
-        assert name in printed
+def test_every_side_gets_its_share_of_every_class():
+    for seed in range(100):
+        rng = random.Random(seed)
+        rates = {"val": rng.choice((0.1, 0.3, 0.5))} | ({"test": 0.2} if seed % 2 else {})
+        digests = {f"{x}/{i}": f"{x}{i}" for x in "ab" for i in range(rng.randint(3, 9))}
+        total = Counter(name[0] for name in digests)
+        wanted = {(x, s): max(1, int(total[x] * rate)) for x in total for s, rate in rates.items()}
+        sides = split_data.assign_sides(digests, rates, seed)
+        counts = Counter((name[0], side) for name, side in sides.items())
+        assert counts["a", "train"] and counts["b", "train"] and counts.items() >= wanted.items()
+
+
+def test_photos_that_are_all_there_twice_can_be_split():
+    digests = {f"{label}/{i}{x}": f"{label}{i}" for label in "ab" for i in range(9) for x in "xy"}
+    sides = split_data.assign_sides(digests, {"val": 0.1}, seed=0)
+    assert Counter(sides.values()) == {"train": 32, "val": 4}
+
+
+def test_what_is_no_photo_is_left_out_and_named(twelve, tmp_path, capsys):
+    good = (twelve / "a" / "00.jpg").read_bytes()
+    for folder in ("empty", ".hidden", "odd"):
+        (twelve / folder).mkdir()
+    files = {"LICENSE.txt": b"CC", "top.jpg": good, ".hidden/00.jpg": good, "a/._00.jpg": good}
+    files |= {"a/notes.txt": b"x", "odd/notes.txt": b"x", "a/broken.jpg": good[:700]}
+    for name, data in files.items():
+        (twelve / name).write_bytes(data)
+    os.mkfifo(twelve / "a" / "pipe.jpg")  # to open it would block
+    found = split(twelve, tmp_path / "data")
+    assert len(found) == 22 + 1 and not {"broken", "pipe", "top"} & {Path(x).stem for x in found}
+    printed = capsys.readouterr()
+    lines = printed.out.splitlines()
+    assert "no photos in the folders: .hidden, empty, odd" in lines
+    skipped = ".hidden/00.jpg, LICENSE.txt, a/._00.jpg, a/notes.txt, odd/notes.txt, top.jpg"
+    assert f"skipped, no photos of a class: {skipped}" in lines
+    for name in ("a/broken.jpg", "a/pipe.jpg"):
+        assert f"cannot be read: {twelve / name}: " in printed.err
+    for label in ("c", "empty"):
+        (twelve / label).mkdir(exist_ok=True)
+        (twelve / label / "1.jpg").write_bytes(b"broken")
+    assert "no photo can be read of c, empty;" in refusal(twelve, tmp_path / "other")
 
 
 def test_a_folder_that_may_not_be_read_is_no_empty_one(twelve, tmp_path, monkeypatch):
-    (twelve / "a" / "2019").mkdir()
-    iterdir = Path.iterdir
+    scandir = os.scandir
 
-    def refuse(path: Path):
-        if path.name == "2019":
+    def refuse(path: str | Path | int) -> Iterator[os.DirEntry]:
+        if str(path).endswith("/photos/a"):
             raise PermissionError(13, "Permission denied", str(path))
-        return iterdir(path)
+        return scandir(path)
 
-    monkeypatch.setattr(Path, "iterdir", refuse)
-    message = error_of(split_data.main, "--source", twelve, "--output", tmp_path / "data")
-    assert "Permission denied" in message and "2019" in message
-
-
-def test_an_archive_is_a_source_too(twelve, tmp_path):
-    for name, folder in (("nested.tgz", "photos"), ("flat.tar", ".")):
-        with tarfile.open(tmp_path / name, "w:gz" if name.endswith("tgz") else "w") as tar:
-            tar.add(twelve, arcname=folder)
-        files = split(tmp_path / name, tmp_path / "data")
-        assert set(files) == set(split(twelve, tmp_path / "direct"))
-    assert not list(tmp_path.glob("*unpacked*"))
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert "denied: '" + str(twelve / "a") in refusal(twelve, tmp_path / "data")
 
 
-def test_an_archive_writes_nothing_outside_its_folder(tmp_path):
-    data = io.BytesIO()
-    Image.new("RGB", (8, 8)).save(data, "png")
-    for name in ("../evil/x.png", "/tmp/evil_split_test/x.png"):
-        with tarfile.open(tmp_path / "evil.tar", "w") as tar:
-            info = tarfile.TarInfo(name)
-            info.size = len(data.getvalue())
-            tar.addfile(info, io.BytesIO(data.getvalue()))
-        error_of(split_data.main, "--source", tmp_path / "evil.tar", "--output", tmp_path / "data")
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["evil.tar"]
-        assert not Path("/tmp/evil_split_test").exists()
+def test_names_that_are_no_unicode_and_linked_folders_and_photos_are_read(tmp_path):
+    photos = draw_photos(tmp_path / "photos", {"ä b": 4, "[*]\n?": 4})
+    os.rename(photos / "ä b" / "00.jpg", os.fsencode(photos / "ä b") + b"/\xff.jpg")
+    os.rename(draw_photos(tmp_path / "far", {"c": 4}), tmp_path / "near")
+    (photos / "c").symlink_to("../near/c")
+    (photos / "ä b" / "link.jpg").symlink_to("../../near/c/00.jpg")
+    files = split(photos, tmp_path / "data", "--val-rate", "0.5")
+    del files["split.json"]
+    expected = contents(photos) | {f"c/{n}": d for n, d in contents(photos / "c").items()}
+    assert {name.split("/", 1)[1]: data for name, data in files.items()} == expected
+    assert not any(path.is_symlink() for path in (tmp_path / "data").rglob("*"))
+    assert split(photos, tmp_path / "data", "--val-rate", "0.5").keys() - files == {"split.json"}
 
 
-@pytest.mark.parametrize("n, rates", [(3, ("0.1", "0")), (3, ("0.4", "0.1")), (1, ("0.5", "0"))])
-def test_a_class_with_too_few_photos_is_named(tmp_path, n, rates):
-    photos = draw_photos(tmp_path / "photos", {"many": 20, "few": n})
-    options = ("--output", tmp_path / "data", "--val-rate", rates[0], "--test-rate", rates[1])
-    assert "few" in error_of(split_data.main, "--source", photos, *options)
-    assert not (tmp_path / "data").exists()
+@pytest.mark.parametrize("val, test", [("0.1", "0"), ("0.4", "0.1"), ("0.5", "0.2")])
+def test_classes_with_too_few_photos_are_named_in_one_line(tmp_path, val, test):
+    photos = draw_photos(tmp_path / "photos", {"many": 20, "copies": 1, "few": 1 + (test > "0")})
+    for i in range(9):
+        shutil.copyfile(photos / "copies" / "00.jpg", photos / "copies" / f"{i}.jpg")
+    message = refusal(photos, tmp_path / "data", "--val-rate", val, "--test-rate", test)
+    assert "copies (1), few (" in message and "many" not in message
 
 
-@pytest.mark.parametrize("val, test", [("0", "0"), ("1", "0"), ("-0.1", "0"), ("0.6", "0.4")])
-def test_rates_that_make_no_sense(tmp_path, capsys, val, test):
+@pytest.mark.parametrize("val, test", ["00", "10", ("-1", "0"), (".6", ".4"), ("nan", "0")])
+def test_rates_that_make_no_sense(capsys, val, test):
     with pytest.raises(SystemExit) as caught:
         split_data.main(["--val-rate", val, "--test-rate", test])
     assert caught.value.code == 2 and "-rate" in capsys.readouterr().err
 
 
-def test_sources_that_are_none(tmp_path):
-    (tmp_path / "text.txt").write_text("not an archive")
-    (tmp_path / "empty").mkdir()
-    draw_photos(tmp_path / "single", {"a": 3})
-    output = ("--output", tmp_path / "data")
-    for name, reason in (
-        ("missing", "does not exist"),
-        ("text.txt", "neither a folder nor"),
-        ("empty", "0 classes"),
-        ("single", "1 classes"),
+def pack(path: Path, files: dict[str, bytes]) -> Path:
+    """An archive of those files."""
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, data in files.items():
+                archive.writestr(name, data)
+        return path
+    with tarfile.open(path, "w:gz" if path.suffix == ".tgz" else "w") as archive:
+        for name, data in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return path
+
+
+@pytest.mark.parametrize("name", ["x.tgz", "x.tar", "x.zip"])
+@pytest.mark.parametrize("top", ["", "./", "flowers/"])
+def test_an_archive_is_a_source_too(twelve, tmp_path, name, top):
+    files = {f"{top}{name}": data for name, data in contents(twelve).items()}
+    files |= {f"__MACOSX/{top}a/._00.jpg": b"x", f"{top}LICENSE.txt": b"CC"}
+    archive = pack(tmp_path / name, files)
+    assert split(archive, tmp_path / "data") == split(twelve, tmp_path / "direct")
+    assert sorted(os.listdir(tmp_path)) == sorted(["data", "direct", "photos", name])
+
+
+def test_an_archive_writes_nothing_outside_its_folder(twelve, tmp_path):
+    photos, box = {f"p/{name}": data for name, data in contents(twelve).items()}, tmp_path / "box"
+    (box / "in").mkdir(parents=True)
+    (box / "mine.jpg").write_bytes(b"mine")
+    for name, suffix in itertools.product((f"{box}/evil.jpg", "../../evil.jpg"), ("tar", "zip")):
+        archive = pack(box / "in" / f"x.{suffix}", photos | {name: photos["p/a/00.jpg"]})
+        try:
+            split(archive, box / "in" / "data")
+        except SystemExit as error:
+            assert str(error).startswith("error: ")
+        shutil.rmtree(box / "in" / "data", ignore_errors=True)
+        archive.unlink()
+        assert contents(box) == {"in": b"", "mine.jpg": b"mine"}
+    for kind, target in (
+        *((tarfile.SYMTYPE, f"{box}/mine.jpg"), (tarfile.SYMTYPE, "../../../../mine.jpg")),
+        *((tarfile.LNKTYPE, "../../../mine.jpg"), (tarfile.CHRTYPE, ""), (tarfile.FIFOTYPE, "")),
     ):
-        assert reason in error_of(split_data.main, "--source", tmp_path / name, *output)
-    (tmp_path / "cut.tgz").write_bytes(archive_of(tmp_path / "single")[:600])
-    error_of(split_data.main, "--source", tmp_path / "cut.tgz", *output)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "cut.tgz", "empty", "single", "text.txt"
-    ]  # fmt: skip
+        archive = pack(box / "in" / "x.tar", photos)
+        with tarfile.open(archive, "a") as tar:
+            for member_type in (kind, tarfile.REGTYPE):  # a file, written where the link points to
+                member = tarfile.TarInfo("p/a/x.jpg")
+                member.type, member.linkname = member_type, target
+                tar.addfile(member)
+        assert "unpacking it" in refusal(archive, box / "in" / "data")
+        assert (box / "mine.jpg").read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("name", ["x.tgz", "x.tar", "x.zip"])
+def test_a_source_that_is_none_is_named(tmp_path, name):
+    jpeg = (draw_photos(tmp_path / "single", {"a": 1}) / "a" / "00.jpg").read_bytes()
+    output = tmp_path / "data"
+    assert "does not exist" in refusal(tmp_path / "missing", output)
+    assert "photos of 1 classes" in refusal(tmp_path / "single", output)
+    archive = pack(tmp_path / name, {f"a/{i}.jpg": jpeg for i in range(9)})
+    archive.write_bytes(archive.read_bytes()[:700])
+    assert f"{name} is no folder" in refusal(archive, output)
+    archive.write_bytes(b"no archive")
+    assert f"{name} is no folder" in refusal(archive, output)
+    for files in ({"a/1.jpg": jpeg}, {}):
+        assert "has photos of" in refusal(pack(archive, files), output)
+
+
+def test_the_same_command_changes_nothing_and_another_is_refused(twelve, tmp_path):
+    output = tmp_path / "data"
+    before = split(twelve, output, "--seed", "3")
+    (output / "train-0123456789ab.npy").write_bytes(b"made by train.py")
+    assert split(twelve, output, "--seed", "3").items() >= before.items()
+    for options in (
+        (),
+        ("--seed", "3", "--val-rate", "0.2"),
+        ("--seed", "3", "--test-rate", "0.2"),
+    ):
+        assert "holds another split" in refusal(twelve, output, *options)
+    (output / "train-0123456789ab.npy").unlink()
+    for record in ("", "5", "{}", "[" * 10**5, json.dumps({"files": [1]})):
+        (output / "split.json").write_text(record)
+        assert "holds another split" in refusal(twelve, output, "--seed", "3")
+    (output / "split.json").write_bytes(before["split.json"])
+    next((output / "val").rglob("*.jpg")).unlink()
+    assert "not whole any more" in refusal(twelve, output, "--seed", "3")
+    (twelve / "a" / "00.jpg").unlink()
+    assert "of other photos" in refusal(twelve, output, "--seed", "3")
 
 
 def test_output_and_source_do_not_meet(twelve, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    before = split(twelve, tmp_path / "data")
+    split(twelve, tmp_path / "data")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    (tmp_path / "gone").symlink_to("nowhere")
+    before = contents(tmp_path)
     for source, output in (
-        *(("photos", "photos"), ("photos", "photos/data"), ("data/train", "data"), (".", "data")),
-        *(("data", "data2"), ("photos", "photos/../photos")),
+        *(("photos", "photos"), ("photos", "photos/data"), ("data/train", "data"), (".", "new")),
+        *(("data", "new"), ("photos", "photos/../photos"), ("photos", "."), ("photos", "")),
+        *(("photos", "mine"), ("photos", "mine/thesis.txt"), ("photos", "gone"), ("photos", "/")),
     ):
-        error_of(split_data.main, "--source", source, "--output", output)
-    for output in (".", "..", "/", ""):
-        with pytest.raises(SystemExit) as caught:
-            split_data.main(["--source", "photos", "--output", output])
-        assert caught.value.code == 2
-    assert contents(tmp_path / "data") == before and len(contents(twelve)) == 22
+        message = error_of(split_data.main, "--source", source, "--output", output)
+        assert "--output" in message or source == "data"
+        assert contents(tmp_path) == before
 
 
-def test_a_folder_that_something_else_made_is_refused(twelve, tmp_path):
-    output = tmp_path / "data"
-    output.mkdir()
-    (output / "thesis.txt").write_text("years of work")
-    message = error_of(split_data.main, "--source", twelve, "--output", output)
-    assert str(output) in message
-    assert contents(output) == {"thesis.txt": b"years of work"}
+def test_an_empty_output_folder_is_used_or_stays_as_it_is(twelve, tmp_path):
+    (tmp_path / "empty").mkdir()
+    files = split(twelve, tmp_path / "empty")
+    assert split(twelve, tmp_path / "x" / "y" / "z") == files and len(files) == 23
+    (tmp_path / "other").mkdir()
+    assert "0 classes" in refusal(twelve / "a", tmp_path / "other")
 
 
-def test_an_own_folder_is_replaced_unless_a_foreign_file_is_in_it(twelve, tmp_path):
-    output = tmp_path / "data"
-    first = split(twelve, output)
-    for pack in ("train.packed.npy", "train.packed.json", "val.packed.npy", "val.packed.json"):
-        (output / pack).write_bytes(b"made by train.py")
-    second = split(twelve, output, "--seed", "3")
-    assert set(second) != set(first) and not (output / "train.packed.npy").exists()
-    (output / "train" / "a" / "mine.jpg").write_bytes(b"x")
-    before = contents(output)
-    assert "mine.jpg" in error_of(split_data.main, "--source", twelve, "--output", output)
-    assert contents(output) == before
-    for record in ('{"files": 5}', '{"files": [1]}', "{}", "[]", "{"):
-        (output / "split.json").write_text(record)
-        error_of(split_data.main, "--source", twelve, "--output", output)
-
-
-def test_names_that_are_no_unicode_are_kept(tmp_path):
-    photos = draw_photos(tmp_path / "photos", {"a": 4, "b": 4})
-    try:
-        os.rename(photos / "a" / "00.jpg", os.fsencode(photos / "a") + b"/\xff.jpg")
-    except OSError:
-        pytest.skip("this file system takes no such names")
-    files = split(photos, tmp_path / "data", "--val-rate", "0.5")
-    del files["split.json"]
-    assert {name.split("/", 1)[1] for name in files} == set(contents(photos))
-    assert len(split(photos, tmp_path / "data", "--val-rate", "0.5")) == len(files) + 1
-
-
-def test_a_failure_while_copying_leaves_the_old_split(twelve, tmp_path, monkeypatch):
-    output = tmp_path / "data"
-    before = split(twelve, output)
+def test_a_full_disk_and_ctrl_c_leave_nothing(twelve, tmp_path, monkeypatch, capsys):
+    Image.new("RGB", (1000, 500)).save(twelve / "b" / "large.bmp")  # 1.5 MB
+    with full_disk(10**6):
+        assert "too large" in refusal(twelve, tmp_path / "data")
     copy = shutil.copyfile
 
-    def fail_late(source, target):
-        if "val" in str(target):
-            raise OSError(28, "No space left on device", str(target))
-        return copy(source, target)
+    def interrupted(source: Path, target: Path) -> None:
+        if "val" in target.parts:
+            raise KeyboardInterrupt
+        copy(source, target)
 
-    monkeypatch.setattr(shutil, "copyfile", fail_late)
-    message = error_of(split_data.main, "--source", twelve, "--output", output, "--seed", "5")
-    assert "No space left on device" in message
-    assert contents(output) == before
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "photos"]
-
-
-def test_a_class_of_copies_alone_is_too_few(tmp_path):
-    photos = draw_photos(tmp_path / "photos", {"a": 10, "b": 1})
-    for i in range(9):
-        shutil.copyfile(photos / "b" / "00.jpg", photos / "b" / f"copy{i}.jpg")
-    message = error_of(split_data.main, "--source", photos, "--output", tmp_path / "data")
-    assert "class b has 1 different" in message
-
-
-def test_a_kill_while_the_old_split_is_removed_is_put_right(twelve, tmp_path, monkeypatch):
-    output = tmp_path / "data"
-    split(twelve, output)
-    remove = split_data.remove
-
-    def killed(folder):
-        if folder.name != "data.split_data.old":
-            return remove(folder)
-        shutil.rmtree(folder / "train")
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(split_data, "remove", killed)
-    argv = ["--source", str(twelve), "--output", str(output), "--seed", "2"]
-    assert split_data.main(argv) == 130
-    monkeypatch.undo()
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "data",
-        "data.split_data.old",
-        "photos",
-    ]
-    after = contents(output)
-    split_data.recover(output)
-    assert contents(output) == after
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "photos"]
-
-
-def test_a_kill_between_the_renames_is_put_right_by_the_next_start(twelve, tmp_path):
-    output = tmp_path / "data"
-    before = split(twelve, output)
-    os.rename(
-        output, tmp_path / "data.split_data.old"
-    )  # killed just after the old split was set aside
-    shutil.copytree(tmp_path / "data.split_data.old", tmp_path / "data.split_data.new")
-    split_data.recover(output)
-    assert contents(output) == before
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "photos"]
-
-
-# ------------------------------------------------------------------------------- the download
-
-
-def archive_of(folder: Path) -> bytes:
-    data = io.BytesIO()
-    with tarfile.open(fileobj=data, mode="w:gz") as tar:
-        tar.add(folder, arcname="flower_photos")
-    return data.getvalue()
+    monkeypatch.setattr(shutil, "copyfile", interrupted)
+    with pytest.raises(SystemExit) as caught:
+        split_data.main(["--source", str(twelve), "--output", str(tmp_path / "data")])
+    assert caught.value.code == 130 and "stopped" in capsys.readouterr().err
+    assert os.listdir(tmp_path) == ["photos"] and len(contents(twelve)) == 23
 
 
 @pytest.fixture
-def served(twelve, tmp_path, monkeypatch):
-    """A local server that sends `reply["body"]`, and an empty folder to work in."""
-    archive = archive_of(twelve)
-    reply = {"body": archive, "status": 200}
+def served(twelve, tmp_path, monkeypatch) -> Iterator[dict]:
+    """A local server that sends reply["body"], and an empty folder to work in."""
+    files = {f"flower_photos/{name}": data for name, data in contents(twelve).items()}
+    body = pack(tmp_path / "x.tgz", files).read_bytes()
+    reply = {"body": body, "status": 200, "length": len(body)}
 
     class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):
+        def do_GET(self) -> None:
             self.send_response(reply["status"])
-            self.send_header("Content-Length", str(len(reply["body"])))
+            self.send_header("Content-Length", str(reply["length"]))
             self.end_headers()
             self.wfile.write(reply["body"])
 
-        def log_message(self, *args):
+        def log_message(self, *args: object) -> None:
             pass
 
     server = HTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     url = f"http://127.0.0.1:{server.server_port}/flower_photos.tgz"
-    monkeypatch.setattr(split_data, "ARCHIVE_URL", url)
-    monkeypatch.setattr(split_data, "ARCHIVE_SIZE", len(archive))
-    monkeypatch.setattr(split_data, "ARCHIVE_SHA256", hashlib.sha256(archive).hexdigest())
+    monkeypatch.setattr(split_data, "URL", url)
+    monkeypatch.setattr(split_data, "SHA256", hashlib.sha256(body).hexdigest())
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
     yield reply
+    socket.setdefaulttimeout(None)
     server.shutdown()
     server.server_close()
 
 
-def test_the_missing_default_source_is_downloaded(served, twelve, tmp_path):
+def test_the_missing_default_source_is_downloaded_once(served, twelve, tmp_path):
     assert split_data.main([]) == 0
-    assert contents(Path("flower_photos")) == contents(twelve)
-    assert set(contents(Path("data"))) == set(split(twelve, tmp_path / "direct"))
+    assert contents(Path("data")) == split(twelve, tmp_path / "direct")
     served["status"] = 500  # not asked again
-    assert split_data.main(["--seed", "1"]) == 0
+    assert split_data.main(["--seed", "1", "--output", "other"]) == 0
+    assert sorted(os.listdir()) == ["data", "flower_photos.tgz", "other"]
 
 
-def test_a_download_that_is_not_the_archive_is_thrown_away(served):
+def test_a_download_that_fails_leaves_nothing_and_says_how_to_go_on(served):
     good = served["body"]
-    for body in (b"<html>an error page</html>", good[:-1] + bytes([good[-1] ^ 1])):
-        served["body"] = body
-        assert "not the expected archive" in error_of(split_data.main)
-        assert not list(Path().iterdir())
-
-
-def test_without_a_network_a_sentence_says_how_to_go_on(served):
-    served["status"] = 404
-    message = error_of(split_data.main)
-    assert split_data.ARCHIVE_URL in message and "--source" in message
-    assert not list(Path().iterdir())
+    for change in (
+        *({"body": b"<html>an error page</html>", "length": 26}, {"body": good[:-1] + b"x"}),
+        *({"body": good[: len(good) // 2]}, {"body": b""}, {"status": 404}, {"status": 503}),
+    ):
+        before = dict(served)
+        served |= change
+        message = error_of(split_data.main)
+        assert split_data.URL in message and "run this again" in message, change
+        assert not os.listdir()
+        served |= before
+    assert split_data.main([]) == 0

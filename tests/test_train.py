@@ -1,4 +1,4 @@
-"""train.py: the pack, augmentation, resuming, files and refusals, on a handful of drawings."""
+"""train.py: photos, augmentation, steps, resuming, files and refusals, on nine drawings."""
 
 from __future__ import annotations
 
@@ -6,579 +6,566 @@ import csv
 import json
 import math
 import os
+import re
 import shutil
-import signal
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
-from conftest import draw_photos, error_of
+from conftest import draw_photos, error_of, full_disk
 from PIL import Image
-from torchvision.transforms import RandomResizedCrop
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 import alexnet
 import train
+from train import Photos
 
-FILES = {
-    *("AlexNet.pth", "class_idx.json", "curves.png", "history.csv", "kernels.png"),
-    *("last.pt", "run.json"),
-}
+FILES = {*"AlexNet.pth class_idx.json curves.png history.csv kernels.png last.pt run.json".split()}
+CLOCK = {"seconds", "images_per_second"}
+CPU = torch.device("cpu")
 
 
-def args_of(*options: str) -> train.argparse.Namespace:
-    return train.parse_args(list(options))
+class NarrowLinear(nn.Linear):
+    """16 hidden units for 4096: a run saves 40 MB instead of 900, and is the same otherwise."""
+
+    def __init__(self, n_in: int, n_out: int) -> None:
+        super().__init__(*(16 if n == 4096 else n for n in (n_in, n_out)))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def narrow() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nn, "Linear", NarrowLinear)
+        yield
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A split of two classes: 6 photos to train, 3 to val."""
+    folder = tmp_path_factory.mktemp("few")
+    for side, classes in (("train", {"a": 3, "b": 3}), ("val", {"a": 2, "b": 1})):
+        draw_photos(folder / side, classes, kinds=("daisy", "tulips"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def two(few: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of two epochs; tests change copies of it."""
+    return run_train(few, tmp_path_factory.mktemp("two"), "--epochs", "2")
+
+
+@pytest.fixture
+def run(few, tmp_path, monkeypatch) -> train.Run:
+    """A run at its start, whose batches always show the same views of the photos."""
+    run = new_run(few, tmp_path)
+    fixed = train.make_batch(run, torch.arange(6))
+    batch_of = lambda run, batch: [x[batch].to(run.net.mean.dtype) for x in fixed]  # noqa: E731
+    monkeypatch.setattr(train, "make_batch", batch_of)
+    return run
+
+
+def new_run(data: Path, output: Path, *options: str, photos: Photos | None = None) -> Any:
+    """A run at its start, with dropout off; `photos` are then those of both sides."""
+    args = train.parse_args(argv_of(data, output, *options))
+    train.open_checkpoint(args)
+    run = train.Run(args, *((photos, photos) if photos else open_photos(data, output)))
+    run.net.train().classifier[2].p = run.net.classifier[5].p = 0.0
+    return run
+
+
+def open_photos(data: Path, output: Path) -> tuple[Photos, Photos]:
+    train_set = Photos(data / "train", output)
+    return train_set, Photos(data / "val", output, train_set.classes)
+
+
+def photos_of(pixels: np.ndarray, labels: Tensor, n_classes: int) -> Photos:
+    """Photos that lie in no folder."""
+    photos = Photos.__new__(Photos)
+    photos.pixels, photos.labels, photos.classes = pixels, labels, [*map(str, range(n_classes))]
+    photos.digest, photos.broken = "", 0
+    return photos
+
+
+def argv_of(data: Path, output: Path, *options: str) -> list[str]:
+    fixed = ["--device", "cpu", "--precision", "float32", "--batch-size", "4"]
+    return ["--data", str(data), "--output", str(output), *fixed, *options]
+
+
+def run_train(data: Path, output: Path, *options: str) -> Path:
+    assert train.main(argv_of(data, output, *options)) == 0
+    return output
+
+
+def refusal(data: Path, output: Path, *options: str) -> str:
+    return error_of(train.main, *argv_of(data, output, *options))
+
+
+def copy_of(data: Path, folder: Path) -> Path:
+    return shutil.copytree(data, folder, ignore=shutil.ignore_patterns("*.npy"))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def history_of(output: Path) -> list[dict[str, str]]:
     """history.csv without what depends on the clock."""
     with open(output / "history.csv", encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    for row in rows:
-        del row["seconds"], row["images_per_second"]
-    return rows
+        return [{k: v for k, v in row.items() if k not in CLOCK} for row in csv.DictReader(file)]
 
 
-# ------------------------------------------------------------------------------- the pack
+def same(a: Any, b: Any) -> bool:
+    """Whether two files' contents are equal to the bit, but for what the clock says."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a.keys() - CLOCK)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, Tensor) else a == b
 
 
-def test_the_pack_holds_what_reading_each_photo_gives(data, tmp_path):
-    pack = train.pack(data / "train", tmp_path)
-    files = alexnet.image_files(data / "train")
-    pixels = np.stack([alexnet.center_square(alexnet.read_image(path)) for path in files])
-    assert np.array_equal(pack.photos, pixels)
-    assert [pack.classes[i] for i in pack.labels] == [path.parent.name for path in files]
-    values = torch.from_numpy(pixels).reshape(-1, 3).double() / 255
-    torch.testing.assert_close(pack.mean.double(), values.mean(0), rtol=1e-6, atol=0)
-    torch.testing.assert_close(pack.covariance.double(), values.T.cov(), rtol=1e-4, atol=1e-7)
+def test_the_pack_is_made_once_and_anew_when_a_file_changes(few, tmp_path, monkeypatch):
+    data = copy_of(few, tmp_path / "data")
+    for side, photos in zip(("train", "val"), open_photos(data, tmp_path), strict=True):
+        files = alexnet.image_files(data / side)
+        assert np.array_equal(photos.pixels, np.stack([*map(alexnet.read_square, files)]))
+        assert [photos.classes[i] for i in photos.labels] == [path.parent.name for path in files]
+    old, kept = sorted(path.name for path in data.glob("*.npy"))
+    assert re.fullmatch(r"train-[0-9a-f]{12}\.npy val-[0-9a-f]{12}\.npy", f"{old} {kept}")
+    foreign = {"train-mine.npy", "train-0123456789abc.npy", "test-0123456789ab.npy"}
+    for name in foreign:
+        (data / name).write_text("mine")
+    shutil.copyfile(data / "train/a/00.jpg", data / "train/b/02.jpg")
+    train_set, _ = open_photos(data, tmp_path)
+    assert np.array_equal(train_set.pixels[5], train_set.pixels[0])
+    names = {path.name for path in data.glob("*.npy")}
+    assert foreign | {kept} < names and len(names) == 5 and old not in names
+    os.utime(data / "train/a/00.jpg", (1, 1))  # now where the data may not be written
+    monkeypatch.setattr(os, "access", lambda path, mode: path != data)
+    open_photos(data, tmp_path)
+    assert (
+        names == {path.name for path in data.glob("*.npy")} and len([*tmp_path.glob("*.npy")]) == 1
+    )
+    monkeypatch.setattr(alexnet, "read_squares", None)  # nor need photos be read again
+    assert np.array_equal(open_photos(data, tmp_path)[0].pixels, train_set.pixels)
 
 
-def test_the_pack_is_made_once_and_again_when_a_file_changes(tmp_path, monkeypatch):
-    folder = draw_photos(tmp_path / "train", {"a": 2, "b": 2})
-    first = train.pack(folder, tmp_path)
-    reads = []
-    read_image = train.read_image
-    monkeypatch.setattr(train, "read_image", lambda path: reads.append(path) or read_image(path))
-    assert np.array_equal(train.pack(folder, tmp_path).photos, first.photos) and not reads
-    shutil.copyfile(folder / "a" / "00.jpg", folder / "b" / "01.jpg")  # other pixels, same name
-    os.utime(folder / "b" / "01.jpg", (1, 1))
-    second = train.pack(folder, tmp_path)
-    assert len(reads) == 4 and np.array_equal(second.photos[3], second.photos[0])
-    (folder / "b" / "01.jpg").unlink()
-    assert len(train.pack(folder, tmp_path)) == 3
-    (tmp_path / "train.packed.npy").write_bytes(
-        (tmp_path / "train.packed.npy").read_bytes()[:-1]
-    )  # cut short
-    assert len(train.pack(folder, tmp_path)) == 3 and len(reads) == 4 + 3 + 3
-
-
-def test_where_the_data_cannot_be_written_the_pack_goes_to_the_output(data, tmp_path, monkeypatch):
-    copy = shutil.copytree(data, tmp_path / "data", ignore=shutil.ignore_patterns("*packed*"))
-    monkeypatch.setattr(train, "can_write", lambda folder: folder != copy)
-    pack = train.pack(copy / "train", tmp_path / "output")
-    assert (tmp_path / "output" / "train.packed.npy").exists() and not (
-        copy / "train.packed.npy"
-    ).exists()
-    monkeypatch.setattr(train, "make_pack", None)  # it is found there by the next start
-    assert np.array_equal(train.pack(copy / "train", tmp_path / "output").photos, pack.photos)
-
-
-# ------------------------------------------------------------------------------- augmentation
+def test_data_that_cannot_be_trained_on(tmp_path, capsys):
+    data, sides = tmp_path / "data", (tmp_path / "data/train", tmp_path / "data/val")
+    assert "split_data.py" in refusal(data, tmp_path)
+    draw_photos(sides[0], {"a": 2})
+    assert f"{sides[0]} has photos of 1 classes" in refusal(data, tmp_path)
+    draw_photos(sides[0], {"b": 2})
+    assert f"there is no folder {sides[1]}" in refusal(data, tmp_path)
+    sides[1].mkdir()
+    assert f"{sides[1]} has photos of 0 classes" in refusal(data, tmp_path)
+    draw_photos(sides[1], {"a": 2})
+    broken = [data / name for name in ("train/a/00.jpg", "train/b/01.jpg", "val/a/01.jpg")]
+    for path in broken:
+        path.write_text("no photo")
+    message, printed = refusal(data, tmp_path), capsys.readouterr().err
+    assert "3 photos" in message and all(str(path) in printed for path in broken)
+    assert len([*tmp_path.rglob("*.npy*")]) == 1  # that of train while its photos were whole
+    draw_photos(sides[1], {"c": 1})
+    assert "a class that train lacks: c" in refusal(data, tmp_path)
 
 
 def test_a_crop_equals_brute_force():
     torch.manual_seed(0)
-    images = torch.rand(3, 3, 256, 256)
-    boxes = torch.tensor([[10.0, 20, 224, 224], [3.7, 40.2, 180.5, 150.3], [0, 0, 256, 256]])
-    flips = torch.tensor([False, True, False])
-    noise = torch.tensor([[0.0, 0, 0], [0.1, -0.2, 0.3], [0, 0, 0]])
-    ours = train.augment(images, boxes, flips, noise).numpy()
-    for image in range(3):
-        left, top, width, height = boxes[image].tolist()
-        for y, x in ((0, 0), (223, 223), (17, 200), (111, 5)):
-            column = 223 - x if flips[image] else x
-            source_x = min(max(left + (column + 0.5) * width / 224 - 0.5, 0), 255)
-            source_y = min(max(top + (y + 0.5) * height / 224 - 0.5, 0), 255)
-            x0, y0 = min(int(source_x), 254), min(int(source_y), 254)
-            fx, fy = source_x - x0, source_y - y0
-            corner = images[image, :, y0 : y0 + 2, x0 : x0 + 2].double().numpy()
-            rows = corner[:, :, 0] * (1 - fx) + corner[:, :, 1] * fx
-            expected = rows[:, 0] * (1 - fy) + rows[:, 1] * fy + noise[image].numpy()
-            assert ours[image, :, y, x] == pytest.approx(expected, abs=1e-4)
+    images, shifts = torch.rand(3, 3, 256, 256), torch.rand(3, 3)
+    plain, mirrored = [[0.875, 0, 0.05], [0, 0.875, -0.125]], [[-0.7, 0, 0.2], [0, 0.6, -0.4]]
+    crops = torch.tensor([plain, mirrored, [[1.0, 0, 0], [0, 1, 0]]])
+    views = train.augment(images, crops, shifts).numpy()
+    for i in range(3):
+        for row, column in ((0, 0), (223, 223), (17, 200), (111, 5)):
+            u, v = (2 * column + 1) / 224 - 1, (2 * row + 1) / 224 - 1
+            x, y = np.clip(128 * (crops[i].double().numpy() @ (u, v, 1) + 1) - 0.5, 0, 255)
+            x0, y0 = min(int(x), 254), min(int(y), 254)
+            corners = images[i, :, y0 : y0 + 2, x0 : x0 + 2].double().numpy()
+            weights = np.outer((1 - y + y0, y - y0), (1 - x + x0, x - x0))
+            expected = (corners * weights).sum((1, 2)) + shifts[i].numpy()
+            assert views[i, :, row, column] == pytest.approx(expected, abs=1e-4)
 
 
-def test_the_crop_of_the_paper_copies_pixels_at_33_x_33_places():
-    boxes = train.draw_boxes(20_000, 0, torch.Generator().manual_seed(0))
-    assert {*map(tuple, boxes[:, 2:].tolist())} == {(224.0, 224.0)}
-    places = {*map(tuple, boxes[:, :2].tolist())}
-    assert places == {(float(x), float(y)) for x in range(33) for y in range(33)}
-    images = torch.rand(1, 3, 256, 256)
-    still = torch.zeros(1, 3)
-    for flip in (False, True):
-        crop = train.augment(images, boxes[:1], torch.tensor([flip]), still)
-        x, y = (int(v) for v in boxes[0, :2])
+def test_the_crops_of_the_paper_copy_pixels_at_33_x_33_places():
+    crops, images = train.draw_crops(20_000, 0, CPU), torch.rand(1, 3, 256, 256)
+    corners = (128 * (crops[:, :, 2] + 1) - 112).round().int().tolist()
+    assert {*map(tuple, corners)} == {(x, y) for x in range(33) for y in range(33)}
+    assert (crops[:, 0, 0] < 0).float().mean() == pytest.approx(0.5, abs=0.02)
+    for crop, (x, y) in zip(crops[:8], corners[:8], strict=True):
         expected = images[:, :, y : y + 224, x : x + 224]
-        torch.testing.assert_close(crop, expected.flip(3) if flip else expected, atol=1e-4, rtol=0)
+        expected = expected.flip(3) if crop[0, 0] < 0 else expected
+        view = train.augment(images, crop[None], torch.zeros(1, 3))
+        torch.testing.assert_close(view, expected, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("area", [0.1, 0.35, 1.0])
-def test_random_crops_are_distributed_as_torchvisions(area):
-    n = 4000
-    ours = train.draw_boxes(n, area, torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("least", [0.1, 0.25, 0.5])
+def test_random_crops_lie_in_the_photo_and_areas_and_aspects_in_range(least):
     torch.manual_seed(0)
-    image = torch.empty(1, 256, 256)
-    draws = [RandomResizedCrop.get_params(image, [area, 1], [3 / 4, 4 / 3]) for _ in range(n)]
-    stock = torch.tensor(draws, dtype=torch.float)[:, [1, 0, 3, 2]]
-    assert (ours[:, :2] >= 0).all() and (ours[:, :2] + ours[:, 2:] <= 256.001).all()
-    spread = stock.std(0).clamp(min=1) / math.sqrt(n)
-    assert ((ours.mean(0) - stock.mean(0)).abs() < 6 * spread + 0.6).all()  # stock rounds to pixels
-    assert ((ours.std(0) - stock.std(0)).abs() < 6 * spread + 0.6).all()
+    crops = train.draw_crops(20_000, least, CPU)
+    width, height, x, y = crops[:, 0, 0].abs(), crops[:, 1, 1], *crops[:, :, 2].T
+    assert (x.abs() + width).max() <= 1 + 1e-6 and (y.abs() + height).max() <= 1 + 1e-6
+    area, aspect = width * height, width / height
+    assert area.min() >= least - 1e-6 and aspect.log().mean().abs() < 0.01
+    assert aspect.min() >= 3 / 4 - 1e-6 and aspect.max() <= 4 / 3 + 1e-6
+    assert (area < 0.7).float().mean() == pytest.approx((0.7 - least) / (1 - least), abs=0.02)
+    small = area < 0.7  # these lie anywhere in the room that they leave
+    for place, room in ((x, 1 - width), (y, 1 - height)):
+        assert (place / room)[small].abs().mean() == pytest.approx(0.5, abs=0.02)
 
 
-def test_color_noise_has_a_hundredth_of_the_covariance_of_the_pixels():
-    axes = torch.tensor([[0.3, 0.1, 0], [0.2, 0.2, 0.05], [0.1, 0.3, 0.1]])
-    covariance = axes @ axes.T
-    noise = train.draw_color_noise(200_000, covariance, torch.Generator().manual_seed(0))
-    torch.testing.assert_close(noise.T.cov(), covariance / 100, rtol=0.03, atol=3e-5)
-    torch.testing.assert_close(noise.mean(0), torch.zeros(3), rtol=0, atol=3e-4)
+def photos_of_one_color_each(colors: np.ndarray, size: int) -> Photos:
+    """Every photo is a class of its own."""
+    n, pixels = len(colors), colors.astype(np.uint8)[:, None, None]
+    return photos_of(np.broadcast_to(pixels, (n, size, size, 3)), torch.arange(n), n)
 
 
-def test_an_epoch_is_drawn_from_seed_and_epoch_alone(data, tmp_path):
-    pack = train.pack(data / "train", tmp_path)
-    draws = [vars(train.draw_epoch(pack, *key, 0.35)) for key in ((0, 1), (0, 1), (0, 2), (1, 1))]
-    assert sorted(draws[0]["order"].tolist()) == list(range(len(pack)))
-    for name in draws[0]:
-        assert torch.equal(draws[0][name], draws[1][name])
-    for other in draws[2:]:
-        assert not torch.equal(draws[0]["order"], other["order"])
-        assert not torch.equal(draws[0]["boxes"], other["boxes"])
+def test_color_shifts_have_a_hundredth_of_the_covariance_of_the_pixels(few, tmp_path, monkeypatch):
+    covariance = [[900, 700, 500], [700, 800, 600], [500, 600, 1000]]
+    colors = np.random.default_rng(0).multivariate_normal([128] * 3, covariance, 40)
+    photos = photos_of_one_color_each(colors.clip(0, 255), 1)
+    monkeypatch.setattr(train, "augment", lambda images, crops, shifts: shifts)
+    run = new_run(few, tmp_path, "--cutmix", "0", photos=photos)
+    shifts, _ = train.make_batch(run, torch.arange(40).repeat(2500))
+    expected = torch.from_numpy(np.cov(photos.pixels[:, 0, 0].T / 255)) / 100
+    torch.testing.assert_close(shifts.T.cov().double(), expected, rtol=0.05, atol=0)
+    assert shifts.mean(0).abs().max() < 1e-3
 
 
-def test_a_batch_holds_the_photos_and_labels_of_its_rows(data, tmp_path):
-    pack = train.pack(data / "train", tmp_path)
-    draws = train.draw_epoch(pack, 0, 1, crop_area=0.0)
-    draws.flips[:] = False
-    draws.noise[:] = 0
-    rows = torch.tensor([4, 0, 7])
-    images, targets = train.make_batch(pack, draws, rows, torch.device("cpu"))
-    for i, row in enumerate(rows):
-        photo, (x, y) = draws.order[row], (int(v) for v in draws.boxes[row, :2])
-        pixels = torch.from_numpy(pack.photos[photo, y : y + 224, x : x + 224].copy())
-        torch.testing.assert_close(
-            images[i] * 255, pixels.permute(2, 0, 1).float(), atol=0.1, rtol=0
-        )
-        assert targets[i].tolist() == [float(c == pack.labels[photo]) for c in range(3)]
+def test_targets_are_the_shares_of_the_pixels_with_and_without_cutmix(few, tmp_path):
+    colors = [[0, 0, 0], [50, 100, 150], [100, 0, 200], [255, 255, 0], [9, 9, 9]]
+    photos = photos_of_one_color_each(np.array(colors), 256)
+    run = new_run(few, tmp_path, "--cutmix", "0.5", photos=photos)
+    run.color_axes.zero_()
+    torch.manual_seed(0)
+    n_mixed = 0
+    for _ in range(40):
+        batch = torch.randperm(5)[:3]
+        images, targets = train.make_batch(run, batch)
+        differences = images.permute(0, 2, 3, 1)[..., None, :] - torch.tensor(colors) / 255
+        shown = differences.abs().amax(-1) < 1e-4  # which of the five photos each pixel is of
+        torch.testing.assert_close(targets, shown.float().mean((1, 2)), rtol=0, atol=1e-5)
+        assert (targets[:, batch].sum(1) - 1).abs().max() < 1e-5
+        n_mixed += int(targets.max() < 1)
+        assert targets.max() < 1 or (targets.argmax(1) == batch).all()
+    assert 10 < n_mixed < 30
 
 
-def test_cutmix_covers_a_window_and_the_target_follows_its_area(data, tmp_path):
-    pack = train.pack(data / "train", tmp_path)
-    draws = train.draw_epoch(pack, 0, 1, crop_area=0.35, cutmix=0.5)
-    whole = train.draw_epoch(pack, 0, 1, crop_area=0.35)  # the same but for the windows
-    rows = torch.arange(len(pack))
-    images, targets = train.make_batch(pack, draws, rows, torch.device("cpu"))
-    plain, one_hot = train.make_batch(pack, whole, rows, torch.device("cpu"))
-    covered = 0
-    for row, (left, top, right, bottom) in enumerate(draws.windows.int().tolist()):
-        image, target, partner = plain[row].clone(), one_hot[row], draws.partners[row]
-        image[:, top:bottom, left:right] = plain[partner, :, top:bottom, left:right]
-        share = (bottom - top) * (right - left) / 224**2
-        covered += share > 0
-        torch.testing.assert_close(images[row], image, rtol=0, atol=1e-6)
-        expected = (1 - share) * target + share * one_hot[partner]
-        torch.testing.assert_close(targets[row], expected)
-    assert 0 < covered < len(pack)
+def test_warm_up_and_draws_follow_from_the_seed_and_the_epoch(few, tmp_path, monkeypatch):
+    def record(run: train.Run, batch: Tensor) -> Tensor:
+        rates.append(run.lr)
+        drawn[-1].append((batch, *train.make_batch(run, batch)))
+        return torch.zeros(2)
+
+    rates, drawn = [], []
+    monkeypatch.setattr(train, "train_one_batch", record)
+    for options, epochs in (((), (1, 2, 3, 4)), ((), (1, 2)), (("--seed", "1"), (1,))):
+        run = new_run(few, tmp_path, *options)
+        torch.rand(1 + len(drawn))  # drawn by something else
+        for epoch in epochs:
+            drawn.append([])
+            train.train_one_epoch(run, epoch)
+    assert rates[:8] == pytest.approx([0.01 * n / 6 for n in range(1, 7)] + [0.01] * 2)
+    assert sorted(i for batch, *_ in drawn[0] for i in batch.tolist()) == [*range(6)]
+    assert [same(drawn[0], other) for other in drawn[3:]] == [False, True, False, False]
+    assert same(drawn[1], drawn[5])
 
 
-def test_the_windows_of_cutmix():
-    n = 100_000
-    windows = train.draw_windows(n, 0.25, torch.Generator().manual_seed(0))
-    width, height = (windows[:, 2:] - windows[:, :2]).T
-    assert windows.min() >= 0 and windows.max() <= 224
-    assert (width * height > 0).float().mean() == pytest.approx(0.25, abs=0.005)
-    # Brute force: the area of a square of a share u of the crop, less what lies outside.
-    u, x, y = np.random.default_rng(0).random((3, n))
-    half = np.sqrt(u) / 2
-    sides = [np.minimum(c + half, 1) - np.maximum(c - half, 0) for c in (x, y)]
-    mean = (width * height).sum().item() / (width * height > 0).sum().item() / 224**2
-    assert mean == pytest.approx((sides[0] * sides[1]).mean(), abs=0.01)
+def update_of(run: train.Run, *batch: int) -> Tensor:
+    """What one step changes, in all weights."""
+    before = torch.cat([p.detach().flatten() for p in run.net.parameters()])
+    train.train_one_batch(run, torch.tensor(batch))
+    return torch.cat([p.detach().flatten() for p in run.net.parameters()]) - before
 
 
-# ------------------------------------------------------------------------------- training
-
-
-def test_a_run_leaves_its_files_and_nothing_else(trained, data):
-    assert {path.name for path in trained.iterdir()} == FILES
-    index = json.loads((trained / "class_idx.json").read_text(encoding="utf-8"))
-    assert index == {"0": "daisy", "1": "roses", "2": "tulips"}
-    rows = history_of(trained)
-    assert [row["epoch"] for row in rows] == ["1", "2"]
-    assert all(math.isfinite(float(value)) for row in rows for value in row.values())
-    facts = json.loads((trained / "run.json").read_text(encoding="utf-8"))
-    best = max(float(row["val_accuracy"]) for row in rows)
-    assert facts["val_accuracy"]["center-crop"] == pytest.approx(best, abs=1e-6)
-    assert 0 <= facts["val_accuracy"]["ten-crop"] <= 1 and facts["epochs"] == 2
-    assert facts["split"] == {"seed": 0, "val_rate": 0.2, "test_rate": 0.0}
-    for name in ("curves.png", "kernels.png"):
-        with Image.open(trained / name) as image:
-            assert image.width >= 600 and len(image.convert("RGB").getcolors(1 << 20)) > 50
-
-
-def test_the_weights_carry_the_mean_and_deviation_of_the_training_set(trained, data, tmp_path):
-    state = alexnet.load_tensors(trained / "AlexNet.pth", mmap=False)
-    pack = train.pack(data / "train", tmp_path)
-    assert torch.equal(state["mean"].flatten(), pack.mean)
-    assert torch.equal(state["std"].flatten(), pack.covariance.diagonal().sqrt())
-    assert not any(name.startswith(("module.", "_orig_mod.")) for name in state)
-
-
-def test_two_epochs_resumed_for_two_more_are_four_to_the_bit(trained, data, tmp_path):
-    options = ["--data", str(data), "--epochs", "4"]
-    resumed = shutil.copytree(trained, tmp_path / "resumed")
-    assert train.main([*options, "--output", str(resumed), "--resume"]) == 0
-    assert train.main([*options, "--output", str(tmp_path / "whole")]) == 0
-    assert history_of(resumed) == history_of(tmp_path / "whole")
-    assert history_of(resumed)[:2] == history_of(trained)
-    for name in ("AlexNet.pth", "last.pt"):
-        ours, theirs = (
-            alexnet.load_tensors(folder / name, mmap=False)
-            for folder in (resumed, tmp_path / "whole")
-        )
-        torch.testing.assert_close(ours.get("net", ours), theirs.get("net", theirs), rtol=0, atol=0)
-        if name == "last.pt":
-            a, b = ours["optimizer"]["state"], theirs["optimizer"]["state"]
-            torch.testing.assert_close(a, b, rtol=0, atol=0)
-            assert ours["scheduler"] == theirs["scheduler"]
-
-
-def test_a_finished_run_says_so(trained, data, capsys):
-    before = {path.name: path.read_bytes() for path in trained.iterdir()}
-    argv = ["--data", str(data), "--output", str(trained), "--epochs", "2", "--resume"]
-    assert train.main(argv) == 0
-    assert "nothing left to do" in capsys.readouterr().out
-    assert {path.name: path.read_bytes() for path in trained.iterdir()} == before
-
-
-def test_a_kill_behind_last_pt_is_put_right_by_resuming(trained, data, tmp_path):
-    killed = shutil.copytree(trained, tmp_path / "killed")
-    checkpoint = alexnet.load_tensors(killed / "last.pt", mmap=False)
-    checkpoint["history"][-1]["val_accuracy"] = 1.0  # the last epoch is the best
-    train.save_tensors(killed / "last.pt", checkpoint)
-    for name in FILES - {"last.pt"}:
-        (killed / name).unlink()
-    argv = ["--data", str(data), "--output", str(killed), "--epochs", "2", "--resume"]
-    assert train.main(argv) == 0
-    assert {path.name for path in killed.iterdir()} == FILES
-    state = alexnet.load_tensors(killed / "AlexNet.pth", mmap=False)
-    torch.testing.assert_close(state, dict(checkpoint["average"]), rtol=0, atol=0)
-    assert [row["val_accuracy"] for row in history_of(killed)][-1] == "1"
-
-
-@pytest.fixture
-def small_run(data, tmp_path) -> train.Run:
-    """A run on the drawings that has not begun, with dropout off."""
-    args = args_of("--data", str(data), "--output", str(tmp_path), "--lr", "0.01")
-    sets = [train.pack(data / side, tmp_path) for side in ("train", "val")]
-    run = train.Run(args, *sets, torch.device("cpu"), torch.float32)
-    for layer in run.net.classifier:
-        if isinstance(layer, torch.nn.Dropout):
-            layer.p = 0.0
-    return run
-
-
-def test_accumulation_gives_the_update_of_the_whole_batch(small_run):
-    run = small_run
+def test_accumulation_gives_the_update_of_the_whole_batch(run):
     run.net.double()  # in float32 rounding decides which of two equal pixels of a pool is larger
-    start = {name: tensor.clone() for name, tensor in run.net.state_dict().items()}
-    draws = train.draw_epoch(run.train_set, 0, 1, 0.35)
-    updates = []
-    for pieces in (1, 2, 4):  # 13 photos: the pieces are of unequal size
+    start, updates = {k: x.clone() for k, x in run.net.state_dict().items()}, []
+    for pieces in (1, 2, 8):  # of five photos: some pieces stay empty
         run.net.load_state_dict(start)
         run.optimizer.state.clear()
         run.args.accumulate = pieces
-        run.net.train()
-        totals = train.train_one_batch(run, draws, torch.arange(13))
-        update = torch.cat([(p - start[n]).flatten() for n, p in run.net.named_parameters()])
-        updates.append((totals, update))
-    for totals, update in updates[1:]:
-        torch.testing.assert_close(totals, updates[0][0], rtol=1e-5, atol=1e-5)
-        assert (update - updates[0][1]).norm() < 1e-9 * updates[0][1].norm()
+        updates.append(update_of(run, 4, 0, 5, 1, 3))
+        assert (updates[-1] - updates[0]).norm() < 1e-6 * updates[0].norm()
 
 
-def test_a_step_is_the_step_of_the_paper(small_run):
+def test_steps_are_those_of_the_paper(run):
     """v <- 0.9 v - 0.0005 lr w - lr gradient; w <- w + v (section 5), twice."""
-    run = small_run
-    run.net.train()
-    draws = train.draw_epoch(run.train_set, 0, 1, 0.35)
-    bias = run.net.classifier[6].bias
-    weight = run.net.classifier[6].weight
-    v_weight, v_bias = torch.zeros_like(weight), torch.zeros_like(bias)
-    for rows in (torch.arange(4), torch.arange(4, 8)):
-        images, labels = train.make_batch(run.train_set, draws, rows, torch.device("cpu"))
-        smoothing = {"label_smoothing": 0.1}  # the default
-        loss = torch.nn.functional.cross_entropy(run.net(images), labels, **smoothing)
-        gradients = torch.autograd.grad(loss, (weight, bias))
-        with torch.no_grad():
-            v_weight = 0.9 * v_weight - 0.0005 * 0.01 * weight - 0.01 * gradients[0]
-            v_bias = 0.9 * v_bias - 0.0005 * 0.01 * bias - 0.01 * gradients[1]
-            expected = weight + v_weight, bias + v_bias
-        train.train_one_batch(run, draws, rows)
-        torch.testing.assert_close((weight, bias), expected, rtol=1e-4, atol=1e-6)
+    weights = [*run.net.double().parameters()]  # double, to see the decay of 5e-6 of a weight
+    run.optimizer.state.clear()
+    speeds = [torch.zeros_like(w) for w in weights]
+    for batch in (torch.tensor([0, 3, 4]), torch.tensor([5, 1])):
+        images, targets = train.make_batch(run, batch)
+        loss = F.cross_entropy(run.net(images).float(), targets, label_smoothing=0.1)
+        gradients = torch.autograd.grad(loss, weights)
+        for v, w, g in zip(speeds, weights, gradients, strict=True):
+            v.copy_(0.9 * v - 0.0005 * 0.01 * w.detach() - 0.01 * g)
+        expected = [w.detach() + v for v, w in zip(speeds, weights, strict=True)]
+        train.train_one_batch(run, batch)
+        torch.testing.assert_close([w.detach() for w in weights], expected, rtol=0, atol=2e-9)
 
 
-def test_evaluation_equals_one_pass_over_the_photos_one_by_one(small_run):
-    run = small_run
-    loss, accuracy = train.evaluate(run, "center-crop")
-    run.net.eval()  # whose weights the average still has
-    losses, right = [], []
-    with torch.inference_mode():
-        for photo, label in zip(run.val_set.photos, run.val_set.labels, strict=True):
-            image = torch.from_numpy(photo[16:240, 16:240].copy()).permute(2, 0, 1)[None] / 255
-            logits = run.net(image)
-            losses.append(torch.nn.functional.cross_entropy(logits, label[None]).item())
-            right.append(logits.argmax().item() == label)
-    assert loss == pytest.approx(np.mean(losses), rel=1e-4) and accuracy == np.mean(right)
-
-
-def test_the_average_of_the_weights_is_that_of_the_formula(small_run):
-    run, bias = small_run, small_run.net.classifier[6].bias
-    draws = train.draw_epoch(run.train_set, 0, 1, 0.35)
-    for ema in (0.5, 0.0):
+def test_the_average_of_the_weights_is_that_of_the_formula(run):
+    bias, average = run.net.classifier[6].bias, run.average.classifier[6].bias
+    for ema, steps, decay in ((0.5, 1, 1 / 11), (0.5, 2, 2 / 12), (0.5, 999, 0.5), (0.0, 9, 0.0)):
+        expected = decay * average + (1 - decay) * nn.init.normal_(bias).detach()
         run.args.ema = ema
-        expected = run.average.classifier[6].bias.clone()
-        for steps in (1, 2, 1000):
-            train.train_one_batch(run, draws, torch.arange(2))
-            train.update_average(run, steps)
-            decay = min(ema, steps / (10 + steps))
-            expected = decay * expected + (1 - decay) * bias.detach()
-            torch.testing.assert_close(run.average.classifier[6].bias, expected)
-    torch.testing.assert_close(dict(run.average.state_dict()), dict(run.net.state_dict()))
+        train.update_average(run, steps)
+        torch.testing.assert_close(average, expected)
 
 
-@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
-def test_a_step_in_half_precision_goes_where_float32_goes(small_run, precision):
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_a_step_in_half_precision_goes_where_float32_goes(few, tmp_path, run, precision):
     """Autocast and, with float16, the scaler of the loss; emulated where the CPU has neither."""
-    start = {name: tensor.clone() for name, tensor in small_run.net.state_dict().items()}
-    draws = train.draw_epoch(small_run.train_set, 0, 1, 0.35)
-    updates = []
-    for dtype in (torch.float32, precision):
-        sets = small_run.train_set, small_run.val_set
-        run = train.Run(small_run.args, *sets, torch.device("cpu"), dtype)
-        assert run.scaler.is_enabled() == (dtype == torch.float16)
-        run.net.load_state_dict(start)
-        run.net.eval()  # no dropout
-        updates.append(torch.zeros(1))
-        for _ in range(8):  # the scaler skips steps until its scale fits
-            if not updates[-1].any():
-                train.train_one_batch(run, draws, torch.arange(2))
-                parameters = run.net.named_parameters()
-                updates[-1] = torch.cat([(p.detach() - start[n]).flatten() for n, p in parameters])
-        assert all(parameter.dtype == torch.float32 for parameter in run.net.parameters())
-    assert torch.cosine_similarity(*updates, dim=0) > 0.98
-    assert updates[1].norm() == pytest.approx(updates[0].norm().item(), rel=0.1)
+    half = new_run(few, tmp_path, "--precision", precision)
+    assert half.scaler.is_enabled() == (precision == "float16")
+    if precision == "float16":
+        half.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30)  # no gradient is finite
+        assert not update_of(half, 0, 1, 2).any()  # so the step is skipped
+        half.scaler.update(2.0**10)
+    exact, ours = update_of(run, 0, 1, 2), update_of(half, 0, 1, 2)
+    assert 0.98 < torch.cosine_similarity(exact, ours, dim=0) and not torch.equal(exact, ours)
+    assert ours.norm() == pytest.approx(exact.norm().item(), rel=0.1)
 
 
-def test_the_recipe_of_the_paper_sets_its_options_weights_and_biases(data, tmp_path):
-    args = args_of("--recipe", "paper", "--data", str(data), "--batch-size", "64")
-    assert (args.batch_size, args.crop_area, args.groups) == (64, 0.0, 2)  # what is given counts
-    assert args.given == {"recipe", "batch_size"}
-    sets = [train.pack(data / side, tmp_path) for side in ("train", "val")]
-    net = train.Run(args, *sets, torch.device("cpu"), torch.float32).net
+def test_evaluation_equals_the_mean_over_the_central_views(run):
+    photos = run.train_set.pixels[:5]
+    views = torch.from_numpy(photos[:, 16:240, 16:240].copy()).permute(0, 3, 1, 2) / 255
+    logits = run.average(views)
+    labels = logits.argmax(1) ^ torch.tensor([0, 0, 0, 1, 1])  # three of five answers are right
+    run.val_set = photos_of(photos, labels, 2)
+    loss, accuracy = train.evaluate(run, run.average)
+    assert loss == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-4)
+    assert accuracy == 0.6  # to the bit: the share of a class is compared with it
+
+
+def test_the_recipe_of_the_paper_sets_its_options_and_its_start(few, tmp_path, monkeypatch):
+    monkeypatch.setattr(nn, "Linear", NarrowLinear.__base__)
+    run = new_run(few, tmp_path, "--recipe", "paper")
+    args, net = run.args, run.net
+    assert args.batch_size == 4  # what is given counts
+    assert (args.crop_area, args.cutmix, args.ema, args.label_smoothing) == (0, 0, 0, 0)
     layers = [net.features[i] for i in (1, 5, 9, 11, 13)] + [net.classifier[i] for i in (0, 3, 6)]
     deviations = [round(layer.weight.std().item(), 3) for layer in layers]
     assert deviations == [0.01, 0.01, 0.03, 0.03, 0.03, 0.01, 0.01, 0.01]
-    assert [layer.bias.unique().tolist() for layer in layers] == [
-        *([0.0], [1.0], [0.0], [1.0], [1.0], [1.0], [1.0], [0.0])
-    ]
+    assert [{*layer.bias.tolist()} for layer in layers] == [{0}, {1}, {0}, *[{1}] * 4, {0}]
     assert net.std.flatten().tolist() == pytest.approx([1 / 255] * 3)
-    assert torch.equal(net.mean.flatten(), sets[0].mean)
 
 
-# ------------------------------------------------------------- the learning rate, without training
+def rates_of(results: list, folder: Path, patch: pytest.MonkeyPatch, n_large: int = 12) -> Any:
+    """Learning rates by epoch, given loss and accuracy on 20 photos, n_large of one class."""
+    labels, report = (torch.arange(20) >= n_large).long(), Mock()
+    photos = photos_of(np.zeros((20, 8, 8, 3), np.uint8), labels, 2)
+    patch.setattr(train, "Photos", Mock(return_value=photos))
+    patch.setattr(train, "train_one_epoch", lambda run, epoch: (1.0, 0.5))
+    patch.setattr(train, "evaluate", Mock(side_effect=results))
+    patch.setattr(train, "save", Mock())
+    patch.setattr(train, "report", report)
+    run_train(folder, folder, "--patience", "2", "--epochs", str(len(results)))
+    return [row["lr"] for row in report.call_args.args[0].history]
 
 
-@pytest.fixture
-def scripted(small_run, monkeypatch):
-    """A function that runs epochs whose validation results are given, and returns the run."""
-
-    def run_epochs(results: list[tuple[float, float]], patience: int) -> train.Run:
-        small_run.args.patience = small_run.scheduler.patience = patience
-        small_run.args.epochs = 1000
-        results = iter(results)
-        monkeypatch.setattr(train, "train_one_epoch", lambda run, epoch: (1.0, 0.5))
-        monkeypatch.setattr(train, "evaluate", lambda run, views: next(results))
-        for result in iter(lambda: results.__length_hint__(), 0):
-            assert result and not small_run.has_ended()
-            train.run_epoch(small_run)
-        return small_run
-
-    return run_epochs
+@pytest.mark.parametrize("n_large", [12, 19])
+def test_ties_on_the_starting_plateau_do_not_lower_the_rate(tmp_path, monkeypatch, n_large):
+    share, run = n_large / 20, (tmp_path, monkeypatch, n_large)
+    blind = -share * math.log(share) - (1 - share) * math.log(1 - share)
+    for stuck in ((blind, share), (1.5 * blind, share), (blind, 0.1)):
+        assert rates_of([stuck] * 12, *run) == [0.01] * 12
+    for left in ((0.9 * blind, share), (blind, share + 0.05)):  # by the loss, by the accuracy
+        assert rates_of([left] * 9, *run) == pytest.approx([0.01] * 7 + [0.001] * 2)
 
 
-def test_ties_on_the_starting_plateau_do_not_lower_the_learning_rate(scripted, small_run):
-    share = small_run.val_set.largest_share()
-    run = scripted([(1.6, share)] * 30, patience=2)
-    assert [row["lr"] for row in run.history] == [0.01] * 30
-
-
-def test_a_user_whose_network_is_stuck_is_told_once(scripted, small_run, capsys):
-    share = small_run.val_set.largest_share()
-    for stuck in (True, False):
-        small_run.history.clear()
-        for epoch in range(1, 9):
-            scripted([(1.6, share if stuck else 0.9)], patience=100)
-            train.print_epoch(small_run)
-            hinted = "largest class; try --lr" in capsys.readouterr().out
-            assert hinted == (stuck and epoch == train.STUCK_EPOCHS)
-
-
-def test_the_rate_drops_by_ten_when_the_loss_stalls_and_a_fourth_drop_ends_the_run(scripted):
-    patience = 2
-    better = [(1.5 - 0.1 * i, 0.9) for i in range(5)]
-    run = scripted([*better, *[(1.4, 0.9)] * 4 * (patience + 1)], patience)
-    rates = [row["lr"] for row in run.history]
+def test_the_rate_drops_where_the_loss_stalls_and_a_plateau_is_told(tmp_path, monkeypatch, capsys):
+    results = [*((0.5 - 0.05 * i, 0.9) for i in range(5)), *[(0.4, 0.9)] * 40]
+    rates = rates_of(results, tmp_path, monkeypatch)  # a fourth drop ends the run
     assert rates == pytest.approx([0.01] * 8 + [1e-3] * 3 + [1e-4] * 3 + [1e-5] * 3)
-    assert run.has_ended() and run.best() is run.history[4]
+    stuck, learning = (0.7, 0.4), (0.4, 0.4)
+    for results, n in (([stuck] * 5, 0), ([stuck] * 9, 1), ([*[stuck] * 5, learning, stuck], 0)):
+        rates_of(results, tmp_path, monkeypatch)
+        assert capsys.readouterr().out.count("hint: ") == n
 
 
-def test_the_warm_up_rises_to_the_learning_rate(trained):
-    rates = [float(row["lr"]) for row in history_of(trained)]
-    assert rates == pytest.approx([0.01 / 3, 0.02 / 3], rel=1e-4)
+def test_a_run_leaves_its_files_and_nothing_else(two, few):
+    assert {path.name for path in two.iterdir()} == FILES
+    assert json.loads((two / "class_idx.json").read_text()) == {"0": "a", "1": "b"}
+    header = "epoch,lr,train_loss,train_accuracy,val_loss,val_accuracy,seconds,images_per_second\n"
+    assert (two / "history.csv").read_text().startswith(header)
+    first, last = ({name: float(x) for name, x in row.items()} for row in history_of(two))
+    assert (first["epoch"], last["epoch"]) == (1, 2)
+    assert all(map(math.isfinite, [*first.values(), *last.values()]))
+    best = max(first, last, key=lambda row: (row["val_accuracy"], -row["val_loss"]))
+    facts = json.loads((two / "run.json").read_text())
+    assert facts["val_accuracy"]["center-crop"] == pytest.approx(best["val_accuracy"], abs=1e-6)
+    assert (facts["epochs"], facts["best_epoch"]) == (2, best["epoch"])
+    assert facts["photos"] == {"train": [3, 3], "val": [2, 1]}
+    with Image.open(two / "curves.png") as image:
+        assert image.width >= 600 and len(image.convert("RGB").getcolors(1 << 20)) > 50
+    state, files = alexnet.load_tensors(two / "AlexNet.pth"), alexnet.image_files(few / "train")
+    values = np.stack([*map(alexnet.read_square, files)]).reshape(-1, 3) / 255
+    assert state["mean"].flatten().numpy() == pytest.approx(values.mean(0), abs=0.01)
+    assert state["std"].flatten().numpy() == pytest.approx(values.std(0), abs=0.01)
 
 
-# ------------------------------------------------------------------------------- refusals
+def test_a_run_that_ends_is_killed_and_resumed_equals_an_unbroken_one(few, tmp_path, monkeypatch):
+    evaluate = train.evaluate
+
+    def growing(run: train.Run, net: nn.Module, *views: bool) -> tuple[float, float]:
+        grown = net.classifier[6].bias.norm().item()  # so every epoch is the best
+        return evaluate(run, net, *views)[0], grown / (1 + grown)
+
+    monkeypatch.setattr(train, "evaluate", growing)
+    unbroken = run_train(few, tmp_path / "unbroken", "--epochs", "4")
+    broken = run_train(few, tmp_path / "broken", "--epochs", "2")
+    before = (broken / "AlexNet.pth").read_bytes()
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(train.Run, "state_dict", Mock(side_effect=KeyboardInterrupt))
+        run_train(few, broken, "--epochs", "4", "--resume")
+    assert (broken / "AlexNet.pth").read_bytes() != before and len(history_of(broken)) == 3
+    data = copy_of(few, tmp_path / "data")
+    os.utime(data / "train/a/00.jpg", (1, 1))  # copied photos may have other times
+    run_train(data, broken, "--epochs", "4", "--resume")
+    assert {path.name for path in broken.iterdir()} == FILES
+    assert history_of(broken) == history_of(unbroken)
+    for name in ("AlexNet.pth", "last.pt"):
+        assert same(*(alexnet.load_tensors(x / name) for x in (broken, unbroken))), name
+    before = (broken / "AlexNet.pth").read_bytes()
+    monkeypatch.setattr(train, "evaluate", Mock(side_effect=[(1, 0.9), (0, 0.8), (1, 0), (1, 0)]))
+    run_train(data, broken, "--epochs", "5", "--resume")  # an epoch that is worse
+    assert (broken / "AlexNet.pth").read_bytes() == before
 
 
-def test_data_that_cannot_be_trained_on(data, tmp_path):
-    output = ("--output", tmp_path / "out")
-    assert "split_data.py" in error_of(train.main, "--data", tmp_path / "none", *output)
-    draw_photos(tmp_path / "one" / "train", {"a": 2})
-    assert "1 classes" in error_of(train.main, "--data", tmp_path / "one", *output)
-    draw_photos(tmp_path / "two" / "train", {"a": 2, "b": 2})
-    assert str(Path("two", "val")) in error_of(train.main, "--data", tmp_path / "two", *output)
-    draw_photos(tmp_path / "two" / "val", {"a": 1, "c": 1})
-    assert "that train lacks: c" in error_of(train.main, "--data", tmp_path / "two", *output)
-    (tmp_path / "two" / "train" / "b" / "00.jpg").write_bytes(b"no longer a photo")
-    message = error_of(train.main, "--data", tmp_path / "two", *output)
-    assert str(Path("b", "00.jpg")) in message
-    left = {p.suffix for p in tmp_path.rglob("*") if p.is_file()}
-    assert left <= {".jpg", ".npy", ".json"}  # packs may be there, half-written ones may not
+@pytest.mark.parametrize("epochs", ["2", "3"])
+@pytest.mark.parametrize("kind", ["gone", "text", "of other classes"])
+def test_resuming_goes_on_without_the_best_weights(two, few, tmp_path, capsys, kind, epochs):
+    output = shutil.copytree(two, tmp_path / "run")
+    weights = output / "AlexNet.pth"
+    for name in FILES - {"last.pt"}:
+        (output / name).unlink()
+    if kind != "gone":
+        torch.save("text" if kind == "text" else alexnet.AlexNet(5).state_dict(), weights)
+    run_train(few, output, "--resume", "--epochs", epochs)
+    lines = [x for x in capsys.readouterr().out.splitlines() if "best epoch from here on" in x]
+    assert len(lines) == 1 and str(weights) in lines[0]
+    assert {path.name for path in output.iterdir()} == FILES
+    assert len(history_of(output)) == int(epochs)
+    average = alexnet.load_tensors(output / "last.pt")["average"]
+    assert same(dict(alexnet.load_network(weights).state_dict()), dict(average))
 
 
-def test_a_fresh_run_does_not_replace_an_earlier_one(trained, data):
-    message = error_of(train.main, "--data", data, "--output", trained)
-    assert all(option in message for option in ("--resume", "--output", "--overwrite"))
-    assert {path.name for path in trained.iterdir()} == FILES
+def test_overwriting_keeps_a_run_until_an_epoch_is_whole(two, few, tmp_path, monkeypatch, capsys):
+    output = shutil.copytree(two, tmp_path / "run")
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as caught:
+        patch.setattr(train, "evaluate", Mock(side_effect=KeyboardInterrupt))
+        run_train(few, output, "--overwrite")
+    assert caught.value.code == 130 and "--resume" in capsys.readouterr().err
+    assert contents(output) == contents(two)
+    run_train(few, output, "--overwrite", "--epochs", "1", "--seed", "1")
+    assert {path.name for path in output.iterdir()} == FILES and len(history_of(output)) == 1
+    assert (output / "AlexNet.pth").read_bytes() != (two / "AlexNet.pth").read_bytes()
 
 
-def test_resuming_what_does_not_fit(trained, data, tmp_path):
-    resume = ("--data", data, "--resume", "--output")
-    assert "no " in error_of(train.main, *resume, tmp_path)
-    message = error_of(train.main, *resume, trained, "--groups", "1")
-    assert "--groups 2" in message
-    assert "--lr 0.01" in error_of(train.main, *resume, trained, "--lr", "0.5")
-    draw_photos(tmp_path / "data" / "train", {"daisy": 2, "orchid": 2, "tulips": 2})
-    draw_photos(tmp_path / "data" / "val", {"daisy": 1})
-    options = ("--data", tmp_path / "data", "--resume", "--output", trained)
-    assert "daisy, roses, tulips" in error_of(train.main, *options)
-    shutil.copytree(data, tmp_path / "fewer", ignore=shutil.ignore_patterns("00.jpg", "*packed*"))
-    options = ("--data", tmp_path / "fewer", "--resume", "--output", trained)
-    assert "photos" in error_of(train.main, *options)
-    for name, content in (("cut", (trained / "last.pt").read_bytes()[:100_000]), ("text", b"x")):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "last.pt").write_bytes(content)
-        error_of(train.main, *resume, tmp_path / name)
-    (tmp_path / "weights").mkdir()
-    shutil.copyfile(trained / "AlexNet.pth", tmp_path / "weights" / "last.pt")
-    assert "no checkpoint" in error_of(train.main, *resume, tmp_path / "weights")
+def test_a_full_disk_is_one_line_and_leaves_whole_files(two, few, tmp_path, monkeypatch):
+    output, data = shutil.copytree(two, tmp_path / "run"), copy_of(few, tmp_path / "data")
+    half = (output / "last.pt").stat().st_size // 2
+    monkeypatch.setattr(train, "train_one_epoch", lambda run, epoch: (1.0, 0.5))
+    for photos, size in ((data, 10**6), (few, 10**4), (few, 10**6), (few, half)):
+        results = [(1.0, 0.5), (0.5, 1.0)]  # of AlexNet.pth, and of a better epoch
+        monkeypatch.setattr(train, "evaluate", Mock(side_effect=results))
+        with full_disk(size):
+            assert "too large" in refusal(photos, output, "--resume", "--epochs", "3")
+    assert (output / "last.pt").read_bytes() == (two / "last.pt").read_bytes()
+    assert len(alexnet.load_network(output / "AlexNet.pth").classifier[6].bias) == 2
+    assert {path.name for path in output.iterdir()} == FILES and not [*data.glob("*.npy*")]
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(data, tmp_path):
-    options = ("--data", data, "--output", tmp_path, "--lr", "1e9", "--batch-size", "4")
-    message = error_of(train.main, *options)
-    assert "--lr" in message and "epoch 1" in message
-    assert {path.name for path in tmp_path.iterdir()} == {"class_idx.json"}
+def test_curves_mark_the_drops_the_best_epoch_and_the_largest_class():
+    names = ("epoch", "lr", "val_accuracy", "val_loss", "train_accuracy", "train_loss")
+    rates, accuracies = [0.005, 0.01, 0.01, 0.001, 0.0001], [0.2, 0.5, 0.9, 0.7, 0.8]
+    columns = (range(1, 6), rates, accuracies, [3, 5, 1, 4, 2], [0.4] * 5, [6] * 5)
+    history = [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+    figure = train.draw_curves(history, 0.245)
+    for axis, name in zip(figure.axes, ("loss", "accuracy"), strict=True):
+        lines = {line.get_label(): line.get_xydata().tolist() for line in axis.lines}
+        for side in ("train", "val"):
+            assert lines[side] == [[row["epoch"], row[f"{side}_{name}"]] for row in history]
+        assert lines["best on val: epoch 3, accuracy 0.900"] == [[3, history[2][f"val_{name}"]]]
+        assert lines["then lr 0.001"][0][0] == 3.5 and lines["then lr 0.0001"][0][0] == 4.5
+        assert sum("then" in label for label in lines) == 2
+    assert {y for _, y in lines["always the largest class: 0.245"]} == {0.245}
+    assert {text.get_text() for text in figure.legends[0].get_texts()} == {*lines}
 
 
-def test_overwriting_keeps_the_earlier_run_until_an_epoch_is_whole(trained, data, tmp_path):
-    copy = shutil.copytree(trained, tmp_path / "run")
-    before = {path.name: path.read_bytes() for path in copy.iterdir()}
-    error_of(train.main, "--data", data, "--output", copy, "--lr", "1e9", "--overwrite")
-    assert {path.name: path.read_bytes() for path in copy.iterdir()} == before
-    argv = ["--data", str(data), "--output", str(copy), "--seed", "1", "--epochs", "1"]
-    assert train.main([*argv, "--overwrite"]) == 0
-    assert {path.name for path in copy.iterdir()} == FILES
-    assert (copy / "AlexNet.pth").read_bytes() != before["AlexNet.pth"]
-    assert len(history_of(copy)) == 1
+def test_kernels_stand_16_a_row_on_one_scale(two):
+    weight = alexnet.load_tensors(two / "AlexNet.pth")["features.1.weight"]
+    scaled = (weight - weight.min()) / (weight.max() - weight.min()) * 255
+    picture = torch.from_numpy(np.array(Image.open(two / "kernels.png"))).permute(2, 0, 1)
+    assert picture.shape == (3, 5 + 60 * 6, 5 + 60 * 16)
+    for number, kernel in enumerate(scaled):
+        y, x = 5 + 60 * (number // 16), 5 + 60 * (number % 16)
+        shown = picture[:, y : y + 55 : 5, x : x + 55 : 5]
+        torch.testing.assert_close(shown.float(), kernel, rtol=0, atol=0.51)
+        assert (picture[:, y - 5 : y, x : x + 55] == 255).all()  # white above each
 
 
-def test_ctrl_c_says_how_to_go_on(trained, data, tmp_path, monkeypatch, capsys):
-    copy = shutil.copytree(trained, tmp_path / "run")
-    before = {name: (copy / name).read_bytes() for name in ("AlexNet.pth", "last.pt")}
-
-    def interrupt(*args):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(train, "train_one_batch", interrupt)
-    argv = ["--data", str(data), "--output", str(copy), "--resume"]
-    assert train.main(argv) == 130
-    assert "--resume" in capsys.readouterr().err
-    assert {name: (copy / name).read_bytes() for name in before} == before
+@pytest.mark.parametrize("left", [["last.pt"], ["AlexNet.pth"], ["AlexNet.pth", "last.pt"]])
+def test_a_fresh_run_does_not_replace_an_earlier_one(few, tmp_path, left):
+    for name in left:
+        (tmp_path / name).touch()
+    message = refusal(few, tmp_path)
+    assert all(text in message for text in (str(tmp_path / left[-1]), "--overwrite", "--output"))
+    assert ("--resume" in message) == ("last.pt" in left)
+    assert contents(tmp_path) == dict.fromkeys(left, b"")
 
 
-@pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError("CUDA out of memory."), MemoryError(),
-              RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried ...")]
-)  # fmt: skip
-def test_out_of_memory_names_the_option_that_helps(data, tmp_path, monkeypatch, error):
-    def fail(*args):
-        raise error
-
-    monkeypatch.setattr(train, "train_one_batch", fail)
-    message = error_of(train.main, "--data", data, "--output", tmp_path)
-    assert "--accumulate" in message
-
-
-def test_a_full_disk_is_said_and_the_earlier_files_stay(trained, tmp_path):
-    """A limit on the size of files stands in for a full disk."""
-    resource = pytest.importorskip("resource")
-    copy = shutil.copytree(trained, tmp_path / "run")
-    before = (copy / "last.pt").read_bytes()
-    content = alexnet.load_tensors(copy / "last.pt", mmap=False)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    ignore = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    try:
-        for limit in (10**4, 10**6, 3 * 10**8):
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
-            with pytest.raises(OSError, match="too large"):
-                train.save_tensors(copy / "last.pt", content)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, ignore)
-    assert (copy / "last.pt").read_bytes() == before and not list(copy.glob("*.tmp"))
+def test_resuming_what_does_not_fit(two, few, tmp_path):
+    last = tmp_path / "last.pt"
+    assert f"there is no {last}" in refusal(few, tmp_path, "--resume")
+    whole = contents(two)
+    for content in (whole["last.pt"][: 10**6], b"text", whole["AlexNet.pth"]):
+        last.write_bytes(content)
+        assert str(last) in refusal(few, tmp_path, "--resume")
+        assert contents(tmp_path) == {"last.pt": content}
+    assert "--groups 2" in refusal(few, two, "--resume", "--groups", "1")
+    assert "--recipe default" in refusal(few, two, "--resume", "--recipe", "paper")
+    fewer, other = copy_of(few, tmp_path / "fewer"), copy_of(few, tmp_path / "other")
+    (fewer / "train/a/00.jpg").unlink()
+    for side in ("train", "val"):
+        (other / side / "b").rename(other / side / "c")
+    for data in (fewer, other):
+        assert "other photos" in refusal(data, two, "--resume")
+    assert contents(two) == whole
 
 
-def test_too_little_free_disk_is_said_before_anything_is_lost(trained, data, tmp_path, monkeypatch):
-    copy = shutil.copytree(trained, tmp_path / "run")
-    usage = shutil.disk_usage(tmp_path)._replace(free=10**8)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    assert "free" in error_of(train.main, "--data", data, "--output", copy, "--overwrite")
-    assert {path.name for path in copy.iterdir()} == FILES
+def test_a_loss_that_is_no_number_and_a_full_memory_name_options(few, tmp_path, monkeypatch):
+    message = refusal(few, tmp_path / "run", "--lr", "1e9", "--batch-size", "2")
+    assert "--lr" in message and "epoch 1" in message and not [*(tmp_path / "run").iterdir()]
+    full = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+    for error in (torch.OutOfMemoryError("CUDA out of memory."), MemoryError(), full):
+        monkeypatch.setattr(train, "train_one_batch", Mock(side_effect=error))
+        assert "--accumulate 32 " in refusal(few, tmp_path, "--accumulate", "8")
 
 
-@pytest.mark.parametrize(
-    "option, value",
-    [("--epochs", "0"), ("--lr", "-1"), ("--lr", "nan"), ("--batch-size", "x"), ("--seed", "-1")],
-)
-def test_options_out_of_range(option, value, capsys):
-    with pytest.raises(SystemExit) as caught:
-        train.main([option, value])
-    assert caught.value.code == 2 and option in capsys.readouterr().err
+def test_options_out_of_range(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    wrong = "epochs 0, accumulate 0, batch-size x, seed -1, lr -1, lr nan, momentum 2, groups 3, "
+    wrong += "ema 1.1, patience -1, precision half, recipe thesis, recipe napkin"
+    for option, value in (words.split() for words in wrong.split(", ")):
+        with pytest.raises(SystemExit) as caught:
+            train.main([f"--{option}", value])
+        assert caught.value.code == 2 and f"--{option}" in capsys.readouterr().err
 
 
-def test_bfloat16_is_chosen_where_the_cpu_has_it(monkeypatch):
-    cpu = torch.device("cpu")
-    for has, expected in ((True, torch.bfloat16), (False, torch.float32)):
-        able = {"avx512_bf16": has, "avx2": True}
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda able=able: able, raising=False)
-        assert train.pick_precision("auto", cpu) == expected
-    assert train.pick_precision("float32", cpu) == torch.float32
+def test_the_precision_is_half_where_the_hardware_has_it(monkeypatch):
+    kinds = {(6, 1): torch.float32, (7, 0): torch.float16, (7, 5): torch.float16}
+    for capability, expected in (kinds | {(8, 0): torch.bfloat16}).items():
+        monkeypatch.setattr(torch.cuda, "get_device_capability", Mock(return_value=capability))
+        assert train.pick_precision("auto", torch.device("cuda")) == expected
+    for name, expected in (("avx512_bf16", torch.bfloat16), ("avx2", torch.float32)):
+        able = Mock(return_value={"amx_bf16": False, name: True})
+        monkeypatch.setattr(torch.cpu, "get_capabilities", able, raising=False)
+        assert train.pick_precision("auto", CPU) == expected
+        assert train.pick_precision("float32", CPU) == torch.float32
