@@ -178,7 +178,7 @@ class Photos:
         labels = [name.split("/")[0] for name in names]
         self.classes = classes or sorted(set(labels))
         if len(self.classes) < 2 or not files:
-            raise InputError(f"{folder} has photos of {len(set(labels))} classes, which is too few")
+            raise InputError(f"{folder} has photos of {len(set(labels))} classes: too few")
         if unknown := sorted(set(labels).difference(self.classes)):
             raise InputError(f"{folder} has a class that train lacks: {', '.join(unknown)}")
         self.labels = torch.tensor([self.classes.index(label) for label in labels])
@@ -215,10 +215,8 @@ def write_pixels(path: Path, files: list[Path]) -> int:
             n += 1
         if n < len(files):
             raise InputError("broken photos")  # so that no file comes of it
-    for old in (
-        path.parent.glob(f"{path.stem[:-12]}{'[0-9a-f]' * 12}.npy") if n == len(files) else ()
-    ):
-        if old != path:
+    for old in path.parent.glob(f"{path.stem[:-12]}{'[0-9a-f]' * 12}.npy"):
+        if n == len(files) and old != path:
             with contextlib.suppress(OSError):  # Windows keeps what a program has open
                 old.unlink()
     return len(files) - n
@@ -241,7 +239,8 @@ def make_batch(run: Run, indices: Tensor) -> tuple[Tensor, Tensor]:
 def draw_crops(n: int, crop_area: float, device: torch.device) -> Tensor:
     """Affine matrices (n, 2, 3) from crops to their places in the photos, both in -1..1.
 
-    A crop holds crop_area to 1 of the photo, at an aspect of 3/4 to 4/3; every second is mirrored.
+    A crop holds crop_area to 1 of the photo, at an aspect of 3/4 to 4/3 (but is no longer than a
+    side of the photo), and is mirrored at random.
     """
     with device:  # where all is drawn
         if crop_area:
@@ -259,6 +258,8 @@ def draw_crops(n: int, crop_area: float, device: torch.device) -> Tensor:
 
 def augment(images: Tensor, crops: Tensor, shifts: Tensor) -> Tensor:
     """Cut crops (n, 2, 3) out of images (n, 3, 256, 256), scale them to 224, shift their colour."""
+    if not len(images):  # a process's share of a batch of fewer photos than processes
+        return images.new_empty(0, 3, CROP_SIZE, CROP_SIZE)
     grid = F.affine_grid(crops, [len(images), 3, CROP_SIZE, CROP_SIZE], align_corners=False)
     # Clamping is padding_mode="border", which MPS lacks; there it wants contiguous images, too.
     grid = grid.clamp_(1 / IMAGE_SIZE - 1, 1 - 1 / IMAGE_SIZE)

@@ -165,7 +165,7 @@ def test_a_bad_file_is_named_and_the_others_are_answered(answer: Run, photo: Pat
     assert status == 1
     assert [json.loads(line)["path"] for line in out.splitlines()] == [str(photo)]
     for name in ("text.jpg", "missing.jpg"):
-        assert any(x.startswith("error: ") and name in x for x in err.splitlines())
+        assert any(x.startswith("cannot be read: ") and name in x for x in err.splitlines())
     status, out, _ = answer("text.jpg")
     assert (status, out) == (1, "")
 
