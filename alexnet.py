@@ -43,7 +43,7 @@ class LocalResponseNormFunction(torch.autograd.Function):
     """y = x * d^-0.75, d = 2 + the sum of (0.01 * x)^2 over 5 neighbouring channels.
 
     The gradient of x is g * d^-0.75 - 1.5e-4 * x * (the sum of g * x * d^-1.75 over the
-    neighbours), where g is that of y. For it x alone is kept; autograd would keep five tensors.
+    neighbours), where g is that of y; x alone is kept for it, not the five tensors of autograd.
     """
 
     @staticmethod
@@ -90,7 +90,7 @@ def sum_over_neighbors(x: Tensor) -> Tensor:
 class LocalResponseNorm(nn.Module):
     """Local response normalisation as printed (section 3.3): k = 2, n = 5, alpha = 1e-4, beta 0.75.
 
-    Equals torch.nn.LocalResponseNorm(5, alpha=5e-4, beta=0.75, k=2), in a fraction of the time.
+    torch.nn.LocalResponseNorm(5, alpha=5e-4, beta=0.75, k=2) gives the same at many times the cost.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -149,10 +149,9 @@ class AlexNet(nn.Module):
     def initialize(self, recipe: str) -> None:
         """Draw the weights that training starts from.
 
-        "default": He's rule, but N(0, 0.01) in conv1, whose kernels (section 6.1) else keep showing
-        noise; biases 0. "paper": section 5, with 0.03 in conv3 to conv5 as in the 2012 source
-        (layers-145.cfg), and biases of 1 where ReLUs should start alive. Those presume pixels of
-        0..255, which `std` restores: beside normalised pixels, 60 times smaller, they are all.
+        "default": He's rule, but N(0, 0.01) in conv1, whose kernels else keep showing noise; biases
+        0. "paper": section 5, with 0.03 in conv3 to conv5 as in the 2012 source (layers-145.cfg);
+        its biases of 1 drown normalised pixels, so `std` restores those of 0..255.
         """
         layers = [layer for layer in self.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
         for layer in layers:
@@ -278,10 +277,7 @@ def is_out_of_memory(error: Exception) -> bool:
 
 @contextlib.contextmanager
 def one_line_errors(out_of_memory: str = "end other programs", stopped: str = "") -> Iterator[None]:
-    """End a script with one line, not a traceback, where the user can put something right.
-
-    The line says `out_of_memory` where a memory is full, and `stopped` behind Ctrl-C.
-    """
+    """End with one line, not a traceback, where the user can put something right or stops."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # not so in a notebook
             stream.reconfigure(errors="backslashreplace")  # a console may lack a name's letters
@@ -345,10 +341,7 @@ def temporary_path(path: Path) -> Path:
 
 
 def load_tensors(path: Path) -> dict[str, Any]:
-    """The dictionary that torch.save wrote, on the CPU; raises InputError.
-
-    Only tensors and plain values are unpickled, so a hostile file runs no code.
-    """
+    """What torch.save wrote, on the CPU; of tensors and plain values only, so it runs no code."""
     if not path.exists():
         raise InputError(f"there is no {path}; train.py makes it")
     with open(path, "rb") as file:

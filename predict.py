@@ -131,10 +131,7 @@ def predict(
 
 @torch.inference_mode()
 def find_similar(net: AlexNet, answers: list[Answer], training: list[Path]) -> list[Answer]:
-    """Give every answer the NEAREST training photos, the photo itself left out (section 6.1).
-
-    Near is a small Euclidean distance between the last hidden activations of the central view.
-    """
+    """Add the training photos whose last hidden activations are NEAREST (section 6.1)."""
 
     def hidden(images: Tensor) -> Tensor:
         return net.hidden(alexnet.center_crop(images.to(net.mean.device)))
@@ -209,10 +206,7 @@ def show(figure: Figure, save: Path | None) -> None:
 
 
 def draw_answers(answers: list[Answer]) -> Figure:
-    """Photos beside their likeliest classes, the true one green, as on the paper's figure 4.
-
-    With --similar the training photos most like each stand beside it.
-    """
+    """Photos beside their likeliest classes and what is similar (the paper's figure 4)."""
     n_similar = max(len(answer.get("similar", ())) for answer in answers)
     columns = 1 if n_similar else min(3, math.ceil(math.sqrt(len(answers))))
     rows = math.ceil(len(answers) / columns)

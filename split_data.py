@@ -71,9 +71,9 @@ def download() -> None:
     try:
         torch.hub.download_url_to_file(URL, str(ARCHIVE), SHA256, progress=sys.stderr.isatty())
     except (OSError, RuntimeError, HTTPException, ValueError) as error:
+        where = f"fetch {URL} elsewhere and put it here as {ARCHIVE}"
         raise InputError(
-            f"the download broke off, or sent another file than expected ({error}); run this "
-            f"again, or fetch {URL} elsewhere and put it here as {ARCHIVE}"
+            f"the download failed or was cut ({error}); try again, or {where}"
         ) from error
 
 
@@ -89,10 +89,8 @@ def split(args: Namespace, scratch: Path) -> None:
     if (args.output / "split.json").exists():
         same = (args.output / "split.json").read_bytes() == text
         if not same or not all((args.output / name).is_file() for name in record["files"]):
-            raise InputError(
-                f"{args.output} holds another split (of other photos, by other options, or not "
-                "whole any more); give another --output, or remove it yourself"
-            )
+            why = "of other photos, by other options, or not whole; give another --output"
+            raise InputError(f"{args.output} holds another split, {why}, or remove it yourself")
         return  # this very split is there already
     for name, side in tqdm(sides.items(), desc="copying", unit="photo", disable=None):
         target = scratch / "split" / side / name
@@ -111,10 +109,8 @@ def unpack(archive: Path, folder: Path) -> Path:
     try:
         shutil.unpack_archive(archive, folder, **safe)
     except Exception as error:  # the decompressors raise almost any type
-        raise InputError(
-            f"{archive} is no folder, and unpacking it as a .tgz, .tar or .zip failed ({error}); "
-            "unpack it yourself, and give the folder as --source"
-        ) from error
+        way = f"cannot be unpacked ({error}); do that yourself, and give the folder as --source"
+        raise InputError(f"{archive} is no folder, and {way}") from error
     shutil.rmtree(folder / "__MACOSX", ignore_errors=True)  # copies that Finder adds
     inner = [path for path in folder.iterdir() if path.is_dir()]
     has_one = len(inner) == 1 and any(path.is_dir() for path in inner[0].iterdir())
@@ -134,10 +130,8 @@ def list_photos(source: Path) -> list[str]:
         more = f" and {len(skipped) - 10} more" if len(skipped) > 10 else ""
         print(f"skipped, no photos of a class: {', '.join(skipped[:10])}{more}")
     if len(classes) < 2:
-        raise InputError(
-            f"--source has photos of {len(classes)} classes, and at least 2 are needed: one folder "
-            "a class, with .jpg, .png or other photos in each"
-        )
+        way = "at least 2 are needed: one folder a class, with .jpg, .png or other photos in each"
+        raise InputError(f"--source has photos of {len(classes)} classes, and {way}")
     return photos
 
 
@@ -163,10 +157,10 @@ def check_photos(source: Path, photos: list[str]) -> dict[str, str]:
 
 
 def assign_sides(digests: dict[str, str], rates: dict[str, float], seed: int) -> dict[str, str]:
-    """{photo: side}: a share of every class's different photos, but at least one, to each side.
+    """{photo: side}: a share of every class's different photos to each side, the rest to train.
 
-    The rest goes to train. Copies of one photo on two sides would test the network on what it was
-    shown, so what is drawn is a digest, which takes all its copies along.
+    What is drawn is a digest, which takes all its copies along: on two sides they would test the
+    network on what it was shown.
     """
     rng, side_of, too_few = random.Random(seed), {}, []
     for label, names in itertools.groupby(digests, class_of):  # names are sorted
@@ -181,10 +175,8 @@ def assign_sides(digests: dict[str, str], rates: dict[str, float], seed: int) ->
         sides += ["train"] * len(drawn)
         side_of |= zip(drawn, sides, strict=False)
     if too_few:
-        raise InputError(
-            f"too few different photos to put one on every side: {', '.join(too_few)}; add photos, "
-            "take these folders away, or change --val-rate and --test-rate"
-        )
+        way = "add photos, take these folders away, or change --val-rate and --test-rate"
+        raise InputError(f"too few different photos for every side: {', '.join(too_few)}; {way}")
     return {name: side_of[digest] for name, digest in digests.items()}
 
 

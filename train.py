@@ -137,9 +137,9 @@ def open_checkpoint(args: Namespace) -> dict[str, Any] | None:
     last, best = args.output / "last.pt", args.output / "AlexNet.pth"
     if not args.resume:
         ways = "--overwrite replaces it, another --output leaves it alone"
-        if last.exists() and not args.overwrite:
+        if not args.overwrite and last.exists():
             raise InputError(f"{last} is an earlier run's: --resume goes on with it, {ways}")
-        if best.exists() and not args.overwrite:
+        if not args.overwrite and best.exists():
             raise InputError(f"{best} is an earlier run's, whose last.pt is gone: {ways}")
         recipe = args.given.get("recipe", "default")
         column = ("default", "paper").index(recipe)
@@ -164,11 +164,7 @@ def open_checkpoint(args: Namespace) -> dict[str, Any] | None:
 
 # ------------------------------------------------------------------------------- the photos
 class Photos:
-    """The photos folder/CLASS/*, decoded once into a file that is mapped into memory, not read.
-
-    pixels: uint8 (N, 256, 256, 3); labels: int64 (N,), indices into classes; broken: how many
-    photos could not be read, then there are no pixels. Raises InputError.
-    """
+    """The photos folder/CLASS/*, decoded once into a file that is mapped into memory, not read."""
 
     def __init__(self, folder: Path, output: Path, classes: list[str] | None = None) -> None:
         if not folder.is_dir():
@@ -181,15 +177,18 @@ class Photos:
             raise InputError(f"{folder} has photos of {len(set(labels))} classes: too few")
         if unknown := sorted(set(labels).difference(self.classes)):
             raise InputError(f"{folder} has a class that train lacks: {', '.join(unknown)}")
-        self.labels = torch.tensor([self.classes.index(label) for label in labels])
+        index = {label: i for i, label in enumerate(self.classes)}
+        self.labels = torch.tensor([index[label] for label in labels])  # int64 (N,)
         # Other files, or later versions of these, get another name; a run knows its photos by
         # their names and sizes alone, as a copy of them on another machine has other times.
         stats = [path.stat() for path in files]
-        self.digest = sha256([(name, s.st_size) for name, s in zip(names, stats, strict=True)])
-        version = sha256([alexnet.READER, self.digest, *(s.st_mtime_ns for s in stats)])
-        path = folder.parent / f"{folder.name}-{version[:12]}.npy"
+        facts = [(name, s.st_size) for name, s in zip(names, stats, strict=True)]
+        self.digest = hashlib.sha256(repr(facts).encode()).hexdigest()
+        version = repr([alexnet.READER, self.digest, *(s.st_mtime_ns for s in stats)]).encode()
+        path = folder.parent / f"{folder.name}-{hashlib.sha256(version).hexdigest()[:12]}.npy"
         if not path.exists() and not os.access(folder.parent, os.W_OK):
             path = output / path.name
+        # How many cannot be read; if none, pixels are uint8 (N, 256, 256, 3).
         self.broken = 0 if path.exists() else write_pixels(path, files)
         self.pixels = np.load(path, mmap_mode="r") if not self.broken else None
 
@@ -198,10 +197,6 @@ class Photos:
 
     def counts(self) -> list[int]:
         return torch.bincount(self.labels, minlength=len(self.classes)).tolist()
-
-
-def sha256(content: list) -> str:
-    return hashlib.sha256(repr(content).encode()).hexdigest()
 
 
 def write_pixels(path: Path, files: list[Path]) -> int:
@@ -237,13 +232,9 @@ def make_batch(run: Run, indices: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def draw_crops(n: int, crop_area: float, device: torch.device) -> Tensor:
-    """Affine matrices (n, 2, 3) from crops to their places in the photos, both in -1..1.
-
-    A crop holds crop_area to 1 of the photo, at an aspect of 3/4 to 4/3 (but is no longer than a
-    side of the photo), and is mirrored at random.
-    """
+    """Affine matrices (n, 2, 3) from crops to their places in the photos, both in -1..1."""
     with device:  # where all is drawn
-        if crop_area:
+        if crop_area:  # a part of the photo of crop_area to 1, at an aspect of 3/4 to 4/3
             area = torch.empty(n).uniform_(crop_area, 1)
             aspect = torch.empty(n).uniform_(math.log(3 / 4), math.log(4 / 3)).exp()
             width, height = (area * aspect).sqrt().clamp(max=1), (area / aspect).sqrt().clamp(max=1)
@@ -333,9 +324,8 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cuda":
-        capability = torch.cuda.get_device_capability(device)
-        older = torch.float16 if capability >= (7, 0) else torch.float32
-        return torch.bfloat16 if capability >= (8, 0) else older
+        major, _ = torch.cuda.get_device_capability(device)
+        return {7: torch.float16}.get(major, torch.bfloat16 if major > 7 else torch.float32)
     able = torch.cpu.get_capabilities() if device.type == "cpu" else {}
     has_bfloat16 = any(able.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
     return torch.bfloat16 if has_bfloat16 else torch.float32

@@ -198,17 +198,6 @@ def test_what_is_no_picture_is_refused_in_a_sentence(tmp_path, monkeypatch):
             read_image(path)
 
 
-def test_many_photos_come_in_order_and_broken_ones_are_named(tmp_path, capsys):
-    files = [tmp_path / f"{color}.png" for color in ("red", "lime", "blue", "broken")]
-    for path in files[:3]:
-        Image.new("RGB", (8, 8), path.stem).save(path)
-    files[3].write_bytes(b"no picture")
-    found = [(path, pixels[9, 9].tolist()) for path, pixels in alexnet.read_squares(files * 70, "")]
-    colors = ([255, 0, 0], [0, 255, 0], [0, 0, 255])
-    assert found == [*zip(files[:3], colors, strict=True)] * 70
-    assert capsys.readouterr().err.count(f"cannot be read: {files[3]}: ") == 70
-
-
 def test_the_central_square_is_what_cropping_and_resizing_give(tmp_path):
     bicubic, rng, path = TF.InterpolationMode.BICUBIC, random.Random(0), tmp_path / "x.png"
     for width, height in ((640, 480), (300, 512), (256, 256), (101, 33), (640, 427)):

@@ -115,12 +115,6 @@ def test_every_side_gets_its_share_of_every_class():
         assert counts["a", "train"] and counts["b", "train"] and counts.items() >= wanted.items()
 
 
-def test_photos_that_are_all_there_twice_can_be_split():
-    digests = {f"{label}/{i}{x}": f"{label}{i}" for label in "ab" for i in range(9) for x in "xy"}
-    sides = split_data.assign_sides(digests, {"val": 0.1}, seed=0)
-    assert Counter(sides.values()) == {"train": 32, "val": 4}
-
-
 def test_what_is_no_photo_is_left_out_and_named(twelve, tmp_path, capsys):
     good = (twelve / "a" / "00.jpg").read_bytes()
     for folder in ("empty", ".hidden", "odd"):
@@ -235,7 +229,7 @@ def test_an_archive_writes_nothing_outside_its_folder(twelve, tmp_path):
                 member = tarfile.TarInfo("p/a/x.jpg")
                 member.type, member.linkname = member_type, target
                 tar.addfile(member)
-        assert "unpacking it" in refusal(archive, box / "in" / "data")
+        assert "cannot be unpacked" in refusal(archive, box / "in" / "data")
         assert (box / "mine.jpg").read_bytes() == b"mine"
 
 
@@ -271,7 +265,7 @@ def test_the_same_command_changes_nothing_and_another_is_refused(twelve, tmp_pat
         assert "holds another split" in refusal(twelve, output, "--seed", "3")
     (output / "split.json").write_bytes(before["split.json"])
     next((output / "val").rglob("*.jpg")).unlink()
-    assert "not whole any more" in refusal(twelve, output, "--seed", "3")
+    assert "or not whole" in refusal(twelve, output, "--seed", "3")
     (twelve / "a" / "00.jpg").unlink()
     assert "of other photos" in refusal(twelve, output, "--seed", "3")
 
@@ -366,7 +360,7 @@ def test_a_download_that_fails_leaves_nothing_and_says_how_to_go_on(served):
         before = dict(served)
         served |= change
         message = error_of(split_data.main)
-        assert split_data.URL in message and "run this again" in message, change
+        assert split_data.URL in message and "try again" in message, change
         assert not os.listdir()
         served |= before
     assert split_data.main([]) == 0
