@@ -75,7 +75,9 @@ HEADER = (
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     less = f"--accumulate {4 * args.accumulate} computes the same batch in smaller pieces"
-    with alexnet.one_line_errors(less, "; where an epoch was whole, --resume goes on behind it"):
+    with alexnet.one_line_errors(
+        less, "; --resume goes on after the last whole epoch, if there is one"
+    ):
         train(args)
     return 0
 

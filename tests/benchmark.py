@@ -73,7 +73,7 @@ def our_batches(data: Path, precision: str, batch_size: int) -> tuple[Callable[[
     import train
 
     train.keep_large_blocks()
-    argv = ["--data", str(data), "--output", str(data), "--batch-size", str(batch_size)]
+    argv = ["--data", str(data), "--output", str(data / "run"), "--batch-size", str(batch_size)]
     args = train.parse_args([*argv, "--precision", precision])
     train.open_checkpoint(args)
     train_set = train.Photos(data / "train", data)
