@@ -185,7 +185,7 @@ def image_files(folder: Path) -> list[Path]:
     files = []
     for root, folders, names in os.walk(folder, onerror=fail, followlinks=True):
         here = Path(root).absolute()
-        above = {path.resolve() for path in (here, *here.parents)}  # links to them never end
+        above = {path.resolve() for path in (here, *here.parents)}  # linked to, one would never end
         inner = [name for name in folders if not name.startswith(".")]
         folders[:] = [name for name in inner if (here / name).resolve() not in above]
         files += [Path(root, name) for name in names if not name.startswith(".")]
@@ -304,7 +304,7 @@ def pick_device(name: str) -> torch.device:
     try:
         torch.ones(1, device=name).add_(1).item()  # fails on a card that torch has no code for
     except Exception as error:  # for some devices of almost any type
-        reason = str(error).splitlines()[0]
+        reason = str(error).partition("\n")[0]
         raise InputError(f"--device {name}: {reason}; --device cpu works everywhere") from error
     if name.startswith("cuda"):
         torch.backends.cudnn.benchmark = True  # most batches have one shape: trying ways pays
@@ -332,7 +332,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def temporary_path(path: Path) -> Path:
-    """A new name beside `path`, behind removing what killed programs left there a day ago."""
+    """A new name beside `path`, after removing what killed programs left there a day ago."""
     for old in path.parent.glob(f"{glob.escape(path.name)}.{'[0-9a-f]' * 8}.tmp"):
         with contextlib.suppress(OSError):
             if old.stat().st_mtime < time.time() - 86_400:

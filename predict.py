@@ -53,11 +53,13 @@ def main(argv: list[str] | None = None) -> int:
         device = alexnet.pick_device(args.device)
         net, classes = load_network(args.weights)
         net.to(device, memory_format=torch.channels_last)
-        files = list(itertools.chain(*map(files_of, args.photos)))
+        files = [file for path in args.photos for file in files_of(path)]
+        if args.similar and not args.similar.is_dir():
+            raise InputError(f"--similar {args.similar} is no folder")
         training = files_of(args.similar) if args.similar else []
         any_folder = any(path.is_dir() for path in args.photos)
-        ten_views = args.views == "ten" if args.views else not any_folder
-        found = predict(net, classes, files, ten_views, args.top_k)
+        views = args.views or ("center" if any_folder else "ten")
+        found = predict(net, classes, files, views == "ten", args.top_k)
         if training:
             found = find_similar(net, list(found), training)
         answers = []
@@ -285,8 +287,8 @@ def parse_args(argv: list[str] | None) -> Namespace:
     args = parser.parse_args(argv)
     if args.top_k < 1:
         parser.error("--top-k must be at least 1")
-    if args.save and args.save.suffix not in (".png", ".pdf", ".svg"):
-        parser.error(f"--save {args.save}: the name must end in .png, .pdf or .svg")
+    if args.save and (args.save.suffix not in (".png", ".pdf", ".svg") or args.save in args.photos):
+        parser.error(f"--save {args.save}: a new name, that ends in .png, .pdf or .svg")
     return args
 
 

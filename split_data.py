@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
         try:
             split(args, scratch)
         finally:
-            shutil.rmtree(scratch)
+            shutil.rmtree(scratch, ignore_errors=True)
         print(f"the split is in {args.output}; now run `python train.py --data {args.output}`")
     return 0
 
@@ -104,7 +104,7 @@ def split(args: Namespace, scratch: Path) -> None:
 
 def unpack(archive: Path, folder: Path) -> Path:
     """Unpack a .tgz, .tar or .zip into `folder`; returns the folder of class folders in it."""
-    safe = {} if archive.suffix == ".zip" else {"filter": "data"}  # for .zip it is the only way
+    safe = {} if archive.suffix == ".zip" else {"filter": "data"}  # a .zip is always safe
     folder.mkdir()
     try:
         shutil.unpack_archive(archive, folder, **safe)
@@ -165,7 +165,7 @@ def assign_sides(digests: dict[str, str], rates: dict[str, float], seed: int) ->
     rng, side_of, too_few = random.Random(seed), {}, []
     for label, names in itertools.groupby(digests, class_of):  # names are sorted
         different = list(dict.fromkeys(digests[name] for name in names))
-        # A copy of a photo of another class went with that.
+        # A photo that another class has, too, has its side already.
         drawn = [d for d in rng.sample(different, len(different)) if d not in side_of]
         sides = []
         for side, rate in rates.items():
@@ -182,11 +182,12 @@ def assign_sides(digests: dict[str, str], rates: dict[str, float], seed: int) ->
 
 def print_counts(sides: dict[str, str]) -> None:
     counts = Counter((side, class_of(name)) for name, side in sides.items())
-    counts.update((side, "total") for side in sides.values())
-    used = [side for side in ("train", "val", "test") if counts[side, "total"]]
+    totals = Counter(sides.values())
+    used = [side for side in ("train", "val", "test") if totals[side]]
     print("".join(f"{side:>8}" for side in used))
-    for label in [*sorted({class_of(name) for name in sides}), "total"]:
+    for label in sorted({class_of(name) for name in sides}):
         print("".join(f"{counts[side, label]:>8,}" for side in used) + f"  {label}")
+    print("".join(f"{totals[side]:>8,}" for side in used) + "  total")
 
 
 def parse_args(argv: list[str] | None) -> Namespace:

@@ -51,13 +51,7 @@ OPTIONS = {
     "weight_decay": (0.0005, 0.0005, 0, 1, "of SGD"),
     "ema": (0.99, 0.0, 0, 1, "decay of the moving average of the weights, which is saved"),
     "label_smoothing": (0.1, 0.0, 0, 1, "share of the answer spread over all classes"),
-    "patience": (
-        10,
-        10,
-        0,
-        2**20,
-        "after more epochs than these without a lower val loss: lr / 10",
-    ),
+    "patience": (10, 10, 0, 2**20, "lr / 10 after more epochs than this without a lower val loss"),
     "crop_area": (0.25, 0.0, 0, 1, "smallest part of a photo in a crop; 0: 224 x 224 of 256 x 256"),
     "cutmix": (0.5, 0.0, 0, 1, "share of the batches in which a window shows another photo"),
     "groups": (2, 2, 1, 2, "2: as on the paper's two GPUs; 1: merged, for 1.4 times the time"),
@@ -102,7 +96,7 @@ def train(args: Namespace) -> None:
     if checkpoint:
         resume(run, checkpoint)
     print("epoch       lr   train loss  accuracy   val loss  accuracy   seconds  images/s")
-    lowest = args.lr * 0.1 ** (MAX_LR_DROPS + 0.5)  # reached by one drop more
+    lowest = args.lr * 0.1 ** (MAX_LR_DROPS + 0.5)  # below lr / 1000: the fourth drop ends it
     while len(run.history) < args.epochs and run.lr > lowest:
         epoch, start = len(run.history) + 1, time.perf_counter()
         trained = train_one_epoch(run, epoch)
@@ -123,6 +117,8 @@ def train(args: Namespace) -> None:
         print(line.format(*values) + ("  best" if is_best else ""), flush=True)
         if epoch == STUCK_EPOCHS and is_on_plateau(run):
             print(f"hint: nothing is learnt yet; try --lr {args.lr / 3:.2g} or --batch-size 16")
+    if run.lr < lowest:
+        print("ended: the val loss no longer falls")
     report(run)
 
 
@@ -269,6 +265,7 @@ class Run:
     def __init__(self, args: Namespace, train_set: Photos, val_set: Photos) -> None:
         self.args, self.train_set, self.val_set = args, train_set, val_set
         self.device = device = alexnet.pick_device(args.device)
+        self.options = {name: getattr(args, name) for name in ("recipe", *OPTIONS)}
         self.shares = [n / len(val_set) for n in val_set.counts()]  # of the classes
         self.history: list[dict[str, float]] = []  # a row an epoch
         self.best = NO_SCORE  # of the weights in AlexNet.pth
@@ -292,27 +289,27 @@ class Run:
         self.average = copy.deepcopy(self.net).eval().requires_grad_(False)
         settings = {"momentum": args.momentum, "weight_decay": args.weight_decay, "fused": True}
         self.optimizer = torch.optim.SGD(self.net.parameters(), args.lr, **settings)
-        for parameter in self.net.parameters():  # unset memory, if the scaler skips the first step
+        for parameter in self.net.parameters():  # else unset, if the scaler skips the first step
             self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         self.scheduler = ReduceLROnPlateau(self.optimizer, patience=args.patience, eps=0)
         precision = pick_precision(args.precision, device)
         self.autocast = torch.autocast(device.type, precision, enabled=precision != torch.float32)
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-        self.hardware = f"{name}, {device.type}, {precision}".replace("torch.", "")
+        self.hardware = f"{name}, {device.type}, {precision}, torch {torch.__version__}"
 
     @property
     def lr(self) -> float:
         return self.optimizer.param_groups[0]["lr"]
 
     def state_dict(self) -> dict[str, Any]:
-        options = {name: getattr(self.args, name) for name in ("recipe", *OPTIONS)}
-        facts = {"options": options, "photos": self.train_set.digest, "history": self.history}
+        facts = {"options": self.options, "photos": self.train_set.digest, "history": self.history}
         return facts | {name: getattr(self, name).state_dict() for name in self.PARTS}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name in self.PARTS:
-            getattr(self, name).load_state_dict(state[name])
+            if state[name]:  # empty: of a scaler that was off
+                getattr(self, name).load_state_dict(state[name])
         self.history = list(state["history"])
 
 
@@ -327,9 +324,11 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
         return getattr(torch, name)
     if device.type == "cuda":
         major, _ = torch.cuda.get_device_capability(device)
-        return {7: torch.float16}.get(major, torch.bfloat16 if major > 7 else torch.float32)
-    able = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-    has_bfloat16 = any(able.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+        if major == 7:  # Volta and Turing
+            return torch.float16
+        return torch.bfloat16 if major >= 8 else torch.float32
+    has = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    has_bfloat16 = any(has.get(kind) for kind in ("avx512_bf16", "amx_bf16", "bf16"))
     return torch.bfloat16 if has_bfloat16 else torch.float32
 
 
@@ -431,24 +430,32 @@ def is_on_plateau(run: Run) -> bool:
     # Their entropy is the loss of that answer. Accuracy alone never tells where one class has 95 %.
     entropy = -sum(share * math.log(share) for share in run.shares if share)
     lowest = min(row["val_loss"] for row in run.history)
-    return lowest >= 0.98 * entropy and max(map(score, run.history))[0] <= max(run.shares)
+    highest = max(row["val_accuracy"] for row in run.history)
+    return lowest >= 0.98 * entropy and highest <= max(run.shares) < 1
 
 
 # ------------------------------------------------------------------------------- files
 def save(run: Run, is_best: bool) -> None:
-    """Write what an epoch has changed; last.pt comes last, so a run killed before it repeats it."""
+    """Write what an epoch has changed; a run killed before last.pt is written repeats the epoch."""
     output, labels = run.args.output, run.train_set.classes
     if is_best:
         write_json(output / "class_idx.json", {str(i): label for i, label in enumerate(labels)})
         with replacing(output / "AlexNet.pth") as file:
             torch.save(run.average.state_dict(), file)
-    rows = [HEADER, *([f"{x:.6g}" for x in row.values()] for row in run.history)]
-    with replacing(output / "history.csv") as file:
-        file.writelines(f"{','.join(row)}\n".encode() for row in rows)
-    with replacing(output / "curves.png") as file:
-        draw_curves(run.history, max(run.shares)).savefig(file, format="png")
     with replacing(output / "last.pt") as file:
         torch.save(run.state_dict(), file)
+    write_history(run)
+
+
+def write_history(run: Run) -> None:
+    rows = [HEADER, *([f"{x:.6g}" for x in row.values()] for row in run.history)]
+    try:
+        with replacing(run.args.output / "history.csv") as file:
+            file.writelines(f"{','.join(row)}\n".encode() for row in rows)
+        with replacing(run.args.output / "curves.png") as file:
+            draw_curves(run.history, max(run.shares)).savefig(file, format="png")
+    except OSError as error:  # on Windows a file that another program has open
+        print(f"{error}; the next epoch tries again", file=sys.stderr)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -490,13 +497,14 @@ def report(run: Run) -> None:
     center, ten = (evaluate(run, net, ten_views)[1] for ten_views in (False, True))
     if RANK:
         return
+    write_history(run)  # to which a killed run may not have come
     # The paper's figure 3: the 96 kernels of conv1, 16 a row; the upper 48 are those of one GPU.
     kernels = F.interpolate(net.features[1].weight, scale_factor=5.0)  # 55 pixels a side
     with replacing(weights.with_name("kernels.png")) as file:
         look = {"nrow": 16, "padding": 5, "pad_value": 1, "normalize": True}  # all on one scale
         save_image(kernels, file, format="png", **look)
     facts = {
-        "options": run.state_dict()["options"],
+        "options": run.options,
         "photos": {"train": run.train_set.counts(), "val": run.val_set.counts()},
         "epochs": len(run.history),
         "best_epoch": max(run.history, key=score)["epoch"],
