@@ -14,6 +14,7 @@ import itertools
 import json
 import logging
 import math
+import os
 import sys
 import warnings
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
@@ -39,6 +40,8 @@ MOST_DRAWN = 24  # photos in a figure
 # Fonts for letters that matplotlib's own lacks, as far as they are installed; else a box.
 CJK = ("Noto Sans CJK SC", "Microsoft YaHei", "PingFang SC", "Hiragino Sans", "Malgun Gothic")
 matplotlib.rcParams |= {"font.family": ["sans-serif", *CJK], "text.parse_math": False}
+if "IPython" not in sys.modules and os.environ.get("MPLBACKEND", "").startswith("module:"):
+    matplotlib.use("agg")  # in place of that of the notebook which has started this script
 logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", "Glyph .* missing from")
 
@@ -85,12 +88,12 @@ def load_network(weights: Path) -> tuple[AlexNet, list[str]]:
     try:
         index = json.loads(path.read_text(encoding="utf-8", errors="surrogateescape"))
         classes = [str(index[str(i)]) for i in range(len(index))]
-    except FileNotFoundError:
-        raise InputError(f"there is no {path}; train.py writes it beside {weights.name}") from None
-    except (ValueError, KeyError, TypeError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
         classes = []
     if len(classes) != n:
-        raise InputError(f"{path} does not name the {n} classes that {weights} knows")
+        raise InputError(
+            f"{path}, which train.py writes, does not name the {n} classes of {weights}"
+        )
     return net, classes
 
 
@@ -187,14 +190,6 @@ def print_answers(answers: list[Answer]) -> None:
 
 
 # ------------------------------------------------------------------------------- figures
-def new_figure() -> Figure:
-    try:
-        return pyplot.figure(layout="constrained")
-    except ImportError:  # a notebook's backend, which this environment lacks
-        pyplot.switch_backend("agg")
-        return pyplot.figure(layout="constrained")
-
-
 def show(figure: Figure, save: Path | None) -> None:
     """Into the file `save`; if none is given, in a window or else into prediction.png."""
     if not save and figure.canvas.required_interactive_framework:
@@ -213,7 +208,7 @@ def draw_answers(answers: list[Answer]) -> Figure:
     columns = 1 if n_similar else min(3, math.ceil(math.sqrt(len(answers))))
     rows = math.ceil(len(answers) / columns)
     widths = [1, 1.25, *[1] * n_similar] * columns
-    figure = new_figure()
+    figure = pyplot.figure(layout="constrained")
     figure.set_size_inches(max(2.2 * sum(widths), 7), 2.4 * rows)
     axes = figure.subplots(rows, len(widths), squeeze=False, width_ratios=widths)
     places = axes.reshape(rows * columns, -1)  # one for each answer
@@ -254,7 +249,7 @@ def draw_confusion(answers: list[Answer], classes: list[str]) -> Figure:
         if "true_class" in answer:
             counts[classes.index(answer["true_class"]), classes.index(answer["class"])] += 1
     totals, right = counts.sum(1), np.trace(counts)
-    figure = new_figure()
+    figure = pyplot.figure(layout="constrained")
     side = min(0.5 * len(classes), 40)  # inches
     figure.set_size_inches(side + 3.5, side + 2.5)
     axis = figure.subplots()

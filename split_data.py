@@ -71,10 +71,8 @@ def download() -> None:
     try:
         torch.hub.download_url_to_file(URL, str(ARCHIVE), SHA256, progress=sys.stderr.isatty())
     except (OSError, RuntimeError, HTTPException, ValueError) as error:
-        where = f"fetch {URL} elsewhere and put it here as {ARCHIVE}"
-        raise InputError(
-            f"the download failed or was cut ({error}); try again, or {where}"
-        ) from error
+        way = f"try again, or fetch {URL} elsewhere and put it here as {ARCHIVE}"
+        raise InputError(f"the download failed or was cut ({error}); {way}") from error
 
 
 def split(args: Namespace, scratch: Path) -> None:

@@ -61,17 +61,13 @@ WARMUP_EPOCHS = 3  # the learning rate rises to --lr over these
 MAX_LR_DROPS = 3  # section 5: divided by 10 when the validation error stalls, three times in all
 STUCK_EPOCHS = 6  # after as many on the starting plateau a hint is printed
 NO_SCORE = (-1.0, -math.inf)  # lower than that of any epoch
-HEADER = (
-    "epoch lr train_loss train_accuracy val_loss val_accuracy seconds images_per_second".split()
-)
+NAMES = "epoch lr train_loss train_accuracy val_loss val_accuracy seconds images_per_second".split()
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     less = f"--accumulate {4 * args.accumulate} computes the same batch in smaller pieces"
-    with alexnet.one_line_errors(
-        less, "; --resume goes on after the last whole epoch, if there is one"
-    ):
+    with alexnet.one_line_errors(less, "; --resume goes on after the last whole epoch"):
         train(args)
     return 0
 
@@ -103,7 +99,7 @@ def train(args: Namespace) -> None:
         speed = len(train_set) / (time.perf_counter() - start)
         validated = evaluate(run, run.average)
         values = epoch, run.lr, *trained, *validated, time.perf_counter() - start, speed
-        row = dict(zip(HEADER, values, strict=True))
+        row = dict(zip(NAMES, values, strict=True))
         run.history.append(row)
         # On the starting plateau epochs tie, and a tie counts as a bad epoch: the learning rate
         # would be lowered just where it is needed.
@@ -448,7 +444,7 @@ def save(run: Run, is_best: bool) -> None:
 
 
 def write_history(run: Run) -> None:
-    rows = [HEADER, *([f"{x:.6g}" for x in row.values()] for row in run.history)]
+    rows = [NAMES, *([f"{x:.6g}" for x in row.values()] for row in run.history)]
     try:
         with replacing(run.args.output / "history.csv") as file:
             file.writelines(f"{','.join(row)}\n".encode() for row in rows)
