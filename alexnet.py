@@ -112,7 +112,7 @@ class AlexNet(nn.Module):
     two (62,378,344). torchvision's AlexNet is another network: the single tower of 2014, no LRN.
     """
 
-    def __init__(self, num_classes: int = 1000, groups: int = 2, dropout: float = 0.5) -> None:
+    def __init__(self, num_classes: int = 1000, groups: int = 2) -> None:
         super().__init__()
         self.register_buffer("mean", torch.full((3, 1, 1), 0.5))
         self.register_buffer("std", torch.full((3, 1, 1), 0.25))
@@ -139,10 +139,10 @@ class AlexNet(nn.Module):
         self.classifier = nn.Sequential(
             nn.Linear(256 * 6 * 6, 4096),  #                           (N, 4096)
             nn.ReLU(inplace=True),
-            nn.Dropout(dropout),  # section 4.2: on the outputs of the two hidden layers
+            nn.Dropout(0.5),  # section 4.2: on the outputs of the two hidden layers
             nn.Linear(4096, 4096),  #                                  (N, 4096)
             nn.ReLU(inplace=True),
-            nn.Dropout(dropout),
+            nn.Dropout(0.5),
             nn.Linear(4096, num_classes),  #                           (N, num_classes)
         )
 

@@ -57,9 +57,9 @@ def main(argv: list[str] | None = None) -> int:
         net, classes = load_network(args.weights)
         net.to(device, memory_format=torch.channels_last)
         files = [file for path in args.photos for file in files_of(path)]
+        training = files_of(args.similar) if args.similar else []
         if args.similar and not args.similar.is_dir():
             raise InputError(f"--similar {args.similar} is no folder")
-        training = files_of(args.similar) if args.similar else []
         any_folder = any(path.is_dir() for path in args.photos)
         views = args.views or ("center" if any_folder else "ten")
         found = predict(net, classes, files, views == "ten", args.top_k)
@@ -88,12 +88,10 @@ def load_network(weights: Path) -> tuple[AlexNet, list[str]]:
     try:
         index = json.loads(path.read_text(encoding="utf-8", errors="surrogateescape"))
         classes = [str(index[str(i)]) for i in range(len(index))]
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
         classes = []
     if len(classes) != n:
-        raise InputError(
-            f"{path}, which train.py writes, does not name the {n} classes of {weights}"
-        )
+        raise InputError(f"{path} of train.py does not name the {n} classes that {weights} knows")
     return net, classes
 
 

@@ -451,7 +451,7 @@ def write_history(run: Run) -> None:
         with replacing(run.args.output / "curves.png") as file:
             draw_curves(run.history, max(run.shares)).savefig(file, format="png")
     except OSError as error:  # on Windows a file that another program has open
-        print(f"{error}; the next epoch tries again", file=sys.stderr)
+        print(f"warning: {error}", file=sys.stderr)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -532,8 +532,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
         option, text = f"--{name.replace('_', '-')}", f"{text} (default: {default}) [{paper}]"
         add(option, type=type(default), default=SUPPRESS, help=text)
     args = parser.parse_args(argv)
-    given = vars(args).keys() & {"recipe", *OPTIONS}
-    args.given = {name: vars(args)[name] for name in given}
+    args.given = {name: x for name, x in vars(args).items() if name in ("recipe", *OPTIONS)}
     limits = {name: values[2:4] for name, values in OPTIONS.items()}
     limits |= {"epochs": (1, 2**20), "accumulate": (1, 2**20)}
     for name, (least, most) in limits.items():
@@ -554,7 +553,7 @@ def connect_processes(device: str) -> None:
     if WORLD_SIZE > 1:
         cuda = torch.cuda.is_available() and device != "cpu"
         if cuda:
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(alexnet.pick_device(f"cuda:{os.environ['LOCAL_RANK']}"))
         patience = timedelta(days=1)  # decoding may take hours, and the others wait for it
         dist.init_process_group("nccl" if cuda else "gloo", timeout=patience)
         atexit.register(dist.destroy_process_group)
