@@ -10,13 +10,18 @@ looked at, then the device, files and errors.
 from __future__ import annotations
 
 import contextlib
+import functools
 import glob
 import io
+import json
+import math
 import os
 import shutil
 import sys
 import time
+import unicodedata
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -30,10 +35,11 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 IMAGE_SIZE = 256  # pixels a side of every stored photo (section 2)
+VAL_FOLDERS = ("val", "valid", "validation")  # beside `train`, as sets are called that come split
 CROP_SIZE = 224  # pixels a side of what the network sees (section 4.1)
-READER = 2  # a new number wherever read_square gives other pixels: train.py decodes anew
-SUFFIXES = "jpg jpeg jpe jfif png bmp gif tif tiff webp ppm pgm".split()
-FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM")  # by content; EPS runs a program
+READER = 3  # a new number wherever read_square gives other pixels: train.py decodes anew
+SUFFIXES = "jpg jpeg jpe jfif jfi jif pjpeg png bmp gif tif tiff webp avif ppm pgm".split()
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM", "AVIF")  # EPS runs a program
 
 warnings.filterwarnings("ignore", module="PIL")  # a file is read, or one line says why not
 
@@ -176,8 +182,8 @@ class AlexNet(nn.Module):
 
 
 # --------------------------------------------------------------------- what the network looks at
-def image_files(folder: Path) -> list[Path]:
-    """The picture files below a folder, sorted; links are followed, hidden names left out."""
+def visible_files(folder: Path) -> list[Path]:
+    """The files below a folder, sorted; links are followed, hidden names left out."""
 
     def fail(error: OSError) -> None:  # else a folder that may not be read would pass for empty
         raise error
@@ -189,8 +195,39 @@ def image_files(folder: Path) -> list[Path]:
         inner = [name for name in folders if not name.startswith(".")]
         folders[:] = [name for name in inner if (here / name).resolve() not in above]
         files += [Path(root, name) for name in names if not name.startswith(".")]
-    found = [path for path in files if path.suffix[1:].lower() in SUFFIXES]
-    return sorted(found, key=Path.as_posix)  # paths themselves sort without case on Windows
+    return sorted(files, key=Path.as_posix)  # paths themselves sort without case on Windows
+
+
+def image_files(folder: Path) -> list[Path]:
+    """The pictures among them, by their suffixes."""
+    return [path for path in visible_files(folder) if path.suffix[1:].lower() in SUFFIXES]
+
+
+def list_photos(folder: Path) -> list[str]:
+    """The photos in the class folders of `folder` as CLASS/.../NAME; tells what else lies there."""
+    photos = [path for path in image_files(folder) if path.parent != folder]
+    others = set(visible_files(folder)).difference(photos)
+    names = [path.relative_to(folder).as_posix() for path in photos]
+    classes = {name.split("/")[0] for name in names}
+    folders = {path.name for path in folder.iterdir() if path.is_dir() and path.name[0] != "."}
+    if empty := sorted(folders - classes):
+        print(f"no photos in these folders of {folder.name}: {', '.join(empty)}")
+    if others:
+        counts = Counter(path.suffix or path.name for path in others)
+        kinds = ", ".join(f"{n} {kind}" for kind, n in counts.most_common())
+        print(f"skipped, no photos of a class, in {folder.name}: {kinds}")
+    first: dict[str, str] = {}
+    for label in sorted(classes):
+        other = first.setdefault(class_of(label).casefold(), label)
+        if other != label:
+            way = "are one on other machines; rename or join them"
+            raise InputError(f"the folders {other} and {label} of {folder} {way}")
+    return names
+
+
+def class_of(name: str) -> str:
+    """The class of CLASS/.../NAME, composed: macOS may give é as two characters."""
+    return unicodedata.normalize("NFC", name.split("/")[0])
 
 
 def read_image(path: Path) -> Image.Image:
@@ -203,18 +240,29 @@ def read_image(path: Path) -> Image.Image:
             with contextlib.suppress(Exception):  # broken EXIF: the picture is whole all the same
                 ImageOps.exif_transpose(image, in_place=True)
             if image.mode == "F" or image.mode.startswith("I"):  # which convert() clips at 255
-                pixels = np.asarray(image)
-                if image.mode == "F" or pixels.min() < 0 or pixels.max() > 65535:
-                    raise ValueError("its pixels are no grey levels of 8 or 16 bits")
-                image = Image.fromarray((pixels >> 8).astype(np.uint8))
+                # 12 bits in a file of 16, signed values: no file tells the range of its pixels.
+                pixels = np.asarray(image, np.float64)
+                low, high = pixels.min(), pixels.max()
+                if not math.isfinite(high - low):
+                    raise ValueError("its pixels are no numbers")
+                say_once("pictures of over 8 bits are scaled from their darkest to their brightest")
+                pixels = (pixels - low) * (255 / max(high - low, 1e-9))
+                image = Image.fromarray(pixels.round().astype(np.uint8))
             if image.has_transparency_data:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return image.convert("RGB")
+    except Image.DecompressionBombError as error:
+        raise InputError(f"{path}: too large to be opened safely; scale it down") from error
     except Exception as error:  # on a broken file Pillow raises almost any type
         if is_out_of_memory(error):
             raise
         raise InputError(f"{path}: {str(error) or type(error).__name__}") from error
+
+
+@functools.cache
+def say_once(text: str) -> None:
+    tqdm.write(text, file=sys.stderr)
 
 
 def read_square(path: Path, size: int = IMAGE_SIZE) -> np.ndarray:
@@ -362,8 +410,22 @@ def load_network(path: Path) -> AlexNet:
             net = AlexNet(classes, groups)
         net.load_state_dict(state, assign=True)
     except Exception as error:  # whatever such a file may hold in their place
-        raise InputError(f"{path} does not hold the weights of this AlexNet") from error
+        way = "give the AlexNet.pth that train.py wrote"
+        raise InputError(f"{path} does not hold the weights of this AlexNet; {way}") from error
     return net.float().eval()
+
+
+def load_classes(weights: Path, n: int) -> list[str]:
+    """The names of the n classes of these weights, from the class_idx.json beside them."""
+    path = weights.with_name("class_idx.json")
+    try:
+        index = json.loads(path.read_text(encoding="utf-8", errors="surrogateescape"))
+        classes = [str(index[str(i)]) for i in range(len(index))]
+    except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
+        classes = []
+    if len(classes) != n:
+        raise InputError(f"{path} of train.py does not name the {n} classes that {weights} knows")
+    return classes
 
 
 if __name__ == "__main__":

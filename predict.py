@@ -10,6 +10,7 @@ wrong answers, the surest first, which is where wrong labels show. A file that i
 named on stderr, the others are answered, and the exit status is 1.
 """
 
+import glob
 import itertools
 import json
 import logging
@@ -54,7 +55,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     with alexnet.one_line_errors("end other programs, or leave the card with --device cpu"):
         device = alexnet.pick_device(args.device)
-        net, classes = load_network(args.weights)
+        net = alexnet.load_network(args.weights)
+        classes = alexnet.load_classes(args.weights, net.classifier[-1].out_features)
         net.to(device, memory_format=torch.channels_last)
         files = [file for path in args.photos for file in files_of(path)]
         training = files_of(args.similar) if args.similar else []
@@ -73,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
                 sys.stdout.flush()
         answers.sort(key=doubt)
         if answers and not args.json:
-            print_answers(answers)
+            print_answers(answers, len(classes))
             if args.save or not any_folder:
                 show(draw_answers(answers[:MOST_DRAWN]), args.save)
             if any_folder and any("true_class" in answer for answer in answers):
@@ -81,26 +83,15 @@ def main(argv: list[str] | None = None) -> int:
         return int(len(answers) < len(files))
 
 
-def load_network(weights: Path) -> tuple[AlexNet, list[str]]:
-    """The network, and the names of its classes from the class_idx.json beside the weights."""
-    net = alexnet.load_network(weights)
-    path, n = weights.with_name("class_idx.json"), net.classifier[-1].out_features
-    try:
-        index = json.loads(path.read_text(encoding="utf-8", errors="surrogateescape"))
-        classes = [str(index[str(i)]) for i in range(len(index))]
-    except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
-        classes = []
-    if len(classes) != n:
-        raise InputError(f"{path} of train.py does not name the {n} classes that {weights} knows")
-    return net, classes
-
-
 def files_of(path: Path) -> list[Path]:
-    """The file itself, or the pictures in a folder, in sorted order."""
-    files = image_files(path) if path.is_dir() else [path]
-    if not files:
-        raise InputError(f"there are no pictures in the folder {path}")
-    return files
+    """The file itself, the pictures in a folder, or those that a pattern stands for, sorted."""
+    if path.is_dir():
+        files = image_files(path)
+        if not files:
+            raise InputError(f"there are no pictures in the folder {path}")
+        return files
+    # Windows leaves *.jpg to the program.
+    return [path] if path.exists() else sorted(map(Path, glob.glob(str(path)))) or [path]
 
 
 def read_batches(files: list[Path], title: str) -> Iterator[tuple[list[Path], Tensor]]:
@@ -117,8 +108,6 @@ def predict(
     """Answer photo by photo, in the order of the files."""
     for paths, images in read_batches(files, "predicting"):
         probabilities = alexnet.predict_probabilities(net, images.to(net.mean.device), ten_views)
-        if not probabilities.isfinite().all():
-            raise InputError("these weights do not give numbers; train again")
         best = probabilities.cpu().topk(min(top_k, len(classes)))
         for path, indices, values in zip(paths, best.indices, best.values, strict=True):
             top = [
@@ -126,7 +115,7 @@ def predict(
                 for i, p in zip(indices, values.tolist(), strict=True)
             ]
             answer = {"path": str(path), **top[0], "top": top}
-            folders = (folder.name for folder in path.absolute().parents)
+            folders = (alexnet.class_of(folder.name) for folder in path.absolute().parents)
             if true_class := next((name for name in folders if name in classes), None):
                 answer["true_class"] = true_class
             yield answer
@@ -164,7 +153,7 @@ def doubt(answer: Answer) -> tuple[bool, float]:
     return (False, -answer["probability"]) if is_wrong(answer) else (True, answer["probability"])
 
 
-def print_answers(answers: list[Answer]) -> None:
+def print_answers(answers: list[Answer], n_classes: int) -> None:
     """One photo: its likeliest classes. Several: a table, and the accuracy if folders tell it."""
     for answer in answers:
         if len(answers) == 1:
@@ -184,6 +173,9 @@ def print_answers(answers: list[Answer]) -> None:
             print(f"{right[label] / totals[label]:.4f}  {label}: {right[label]} of {totals[label]}")
         mean = sum(right[label] / totals[label] for label in totals) / len(totals)
         print(f"{mean:.4f}  mean over the classes")
+        if n_classes > 5 <= len(known[0]["top"]):  # the paper's own measure
+            among = [a["true_class"] in [guess["class"] for guess in a["top"][:5]] for a in known]
+            print(f"{sum(among) / len(known):.4f}  top-5 accuracy")
         print(f"{right.total() / len(known):.4f}  accuracy: {right.total()} of {len(known)}")
 
 
@@ -223,10 +215,9 @@ def draw_answers(answers: list[Answer]) -> Figure:
         true_class = answer.get("true_class")
         for row, guess in enumerate(answer["top"][:5]):
             color = "#98d594" if guess["class"] == true_class else "#a6cbe8"
-            bars.barh(row, 1, color="#f3f3f3")
             bars.barh(row, guess["probability"], color=color)
-            bars.text(0.02, row, short(guess["class"]), va="center", fontsize=9)
-            bars.text(0.98, row, f"{guess['probability']:.3f}", va="center", ha="right", fontsize=9)
+            text = f"{guess['probability']:.3f}  {short(guess['class'])}"
+            bars.text(0.02, row, text, va="center", fontsize=9)
         bars.set(xlim=(0, 1), ylim=(4.6, -0.6))
         if true_class:
             color = "tab:red" if is_wrong(answer) else "tab:green"

@@ -10,7 +10,6 @@ named. Nothing is ever replaced: an --output that holds something else is refuse
 """
 
 import hashlib
-import itertools
 import json
 import os
 import random
@@ -18,19 +17,21 @@ import shutil
 import socket
 import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
-from collections import Counter
 from http.client import HTTPException
+from itertools import groupby
 from pathlib import Path
 
 import torch.hub
 from tqdm import tqdm
 
 import alexnet
-from alexnet import InputError
+from alexnet import InputError, class_of
 
 # The flower photos of TensorFlow's examples: 3,670 photos, 5 classes, CC BY 2.0, 229 MB.
 ARCHIVE = Path("flower_photos.tgz")
 URL = "https://storage.googleapis.com/download.tensorflow.org/example_images/flower_photos.tgz"
+# Folders beside `train` in a set that is split already, the ones for validation first.
+HELD_OUT = (*alexnet.VAL_FOLDERS, "test", "testing")
 SHA256 = "4c54ace7911aaffe13a365c34f650e71dd5bf1be0a58b464e5a7183e3e595d9c"
 
 
@@ -40,9 +41,10 @@ def main(argv: list[str] | None = None) -> int:
         check_places(args.source, args.output)
         if args.source == ARCHIVE and not ARCHIVE.exists():
             download()
-        args.output.absolute().parent.mkdir(parents=True, exist_ok=True)
+        output = args.output.resolve()  # a link to a folder stays one
+        output.parent.mkdir(parents=True, exist_ok=True)
         # Beside the output, so that one rename puts the finished split in its place.
-        scratch = alexnet.temporary_path(args.output.absolute())
+        scratch = alexnet.temporary_path(output)
         scratch.mkdir()
         try:
             split(args, scratch)
@@ -60,6 +62,8 @@ def check_places(source: Path, output: Path) -> None:
         raise InputError(f"--source {source} is a split; give the photos that it was made from")
     if source.resolve() in (output.resolve(), *output.resolve().parents):
         raise InputError(f"--output {output} lies in --source {source}; give one outside of it")
+    if os.path.ismount(output):  # nothing can be renamed to it
+        raise InputError(f"--output {output} is a mount point; give a folder in it")
     is_empty = output.is_dir() and not os.listdir(output)
     if os.path.lexists(output) and not is_empty and not (output / "split.json").is_file():
         raise InputError(f"{output} is there already, and no split; give another --output")
@@ -77,7 +81,17 @@ def download() -> None:
 
 def split(args: Namespace, scratch: Path) -> None:
     source = args.source if args.source.is_dir() else unpack(args.source, scratch / "photos")
-    digests = check_photos(source, list_photos(source))
+    # The folder whose folders are the classes: the one given, or one deeper in it.
+    above = [path.parent.parent for path in alexnet.image_files(source) if path.parent != source]
+    root = Path(os.path.commonpath(above or [source]))
+    place = args.source.with_suffix("") if args.source.is_file() else source
+    place = place / root.relative_to(source)  # where the user has it, or will once it is unpacked
+    if root != source:
+        print(f"the classes are the folders in {place}")
+    source = root
+    photos = alexnet.list_photos(source)
+    check_classes(photos, place)
+    digests = check_photos(source, photos)
     rates = {"val": args.val_rate} | ({"test": args.test_rate} if args.test_rate else {})
     sides = assign_sides(digests, rates, args.seed)
     print_counts(sides)
@@ -95,9 +109,10 @@ def split(args: Namespace, scratch: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / name, target)
     (scratch / "split" / "split.json").write_bytes(text)
-    if args.output.exists():
-        args.output.rmdir()  # it is empty, and Windows would not put another in its place
-    os.rename(scratch / "split", args.output)
+    output = args.output.resolve()
+    if output.exists():
+        output.rmdir()  # it is empty, and Windows would not put another in its place
+    os.rename(scratch / "split", output)
 
 
 def unpack(archive: Path, folder: Path) -> Path:
@@ -110,31 +125,30 @@ def unpack(archive: Path, folder: Path) -> Path:
         way = f"cannot be unpacked ({error}); do that yourself, and give the folder as --source"
         raise InputError(f"{archive} is no folder, and {way}") from error
     shutil.rmtree(folder / "__MACOSX", ignore_errors=True)  # copies that Finder adds
-    inner = [path for path in folder.iterdir() if path.is_dir()]
-    has_one = len(inner) == 1 and any(path.is_dir() for path in inner[0].iterdir())
-    return inner[0] if has_one else folder
+    return folder
 
 
-def list_photos(source: Path) -> list[str]:
-    """The photos of all classes as CLASS/.../NAME, sorted; names what else lies there."""
-    photos = [path.relative_to(source).as_posix() for path in alexnet.image_files(source)]
-    photos = [name for name in photos if "/" in name]
-    classes = {class_of(name) for name in photos}
-    folders = {path.name for path in source.iterdir() if path.is_dir()}
-    if empty := sorted(folders - classes):
-        print(f"no photos in the folders: {', '.join(empty)}")
-    files = {path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file()}
-    if skipped := sorted(files.difference(photos)):
-        more = f" and {len(skipped) - 10} more" if len(skipped) > 10 else ""
-        print(f"skipped, no photos of a class: {', '.join(skipped[:10])}{more}")
-    if len(classes) < 2:
+def check_classes(photos: list[str], root: Path) -> None:
+    """Refuse what is split already, what holds a copy of itself, and a single class."""
+    inner: dict[str, set[str]] = {}  # the folders in every class folder
+    for label, *rest in (name.split("/") for name in photos):
+        inner.setdefault(label, set()).update(rest[:-1][:1])
+    kinds = {label.lower(): label for label in inner}
+    train = kinds.get("train") or kinds.get("training")
+    held_out = [kinds[name] for name in HELD_OUT if name in kinds]
+    if train and held_out:
+        way = f"`--source {root / train}` splits that, predict.py tests on {held_out[0]}"
+        if train == "train" and held_out[0] in alexnet.VAL_FOLDERS:
+            way = f"`python train.py --data {root}` takes it as it is"
+        unpack = "" if root.exists() else "unpack it, "
+        raise InputError(f"{root} is split already: {unpack}{way}")
+    for label, folders in inner.items():
+        if len(folders & inner.keys()) > 1:
+            way = "take it away, or give it as --source"
+            raise InputError(f"{root / label} seems to be a copy of all classes: {way}")
+    if len(inner) < 2:
         way = "at least 2 are needed: one folder a class, with .jpg, .png or other photos in each"
-        raise InputError(f"--source has photos of {len(classes)} classes, and {way}")
-    return photos
-
-
-def class_of(name: str) -> str:
-    return name.split("/")[0]
+        raise InputError(f"{root} has photos of {len(inner)} classes, and {way}")
 
 
 def check_photos(source: Path, photos: list[str]) -> dict[str, str]:
@@ -150,7 +164,8 @@ def check_photos(source: Path, photos: list[str]) -> dict[str, str]:
         elif original != name:
             print(f"the same photo twice, kept on one side: {original} = {name}")
     if lost := {*map(class_of, photos)}.difference(map(class_of, digests)):
-        raise InputError(f"no photo can be read of {', '.join(sorted(lost))}; take that away")
+        way = "put good photos there, or take these folders away"
+        raise InputError(f"no photo can be read of {', '.join(sorted(lost))}; {way}")
     return digests
 
 
@@ -161,7 +176,7 @@ def assign_sides(digests: dict[str, str], rates: dict[str, float], seed: int) ->
     network on what it was shown.
     """
     rng, side_of, too_few = random.Random(seed), {}, []
-    for label, names in itertools.groupby(digests, class_of):  # names are sorted
+    for label, names in groupby(digests, class_of):  # names are sorted
         different = list(dict.fromkeys(digests[name] for name in names))
         # A photo that another class has, too, has its side already.
         drawn = [d for d in rng.sample(different, len(different)) if d not in side_of]
@@ -179,13 +194,10 @@ def assign_sides(digests: dict[str, str], rates: dict[str, float], seed: int) ->
 
 
 def print_counts(sides: dict[str, str]) -> None:
-    counts = Counter((side, class_of(name)) for name, side in sides.items())
-    totals = Counter(sides.values())
-    used = [side for side in ("train", "val", "test") if totals[side]]
-    print("".join(f"{side:>8}" for side in used))
-    for label in sorted({class_of(name) for name in sides}):
-        print("".join(f"{counts[side, label]:>8,}" for side in used) + f"  {label}")
-    print("".join(f"{totals[side]:>8,}" for side in used) + "  total")
+    rows = [(label, [sides[name] for name in names]) for label, names in groupby(sides, class_of)]
+    for label, drawn in [*rows, ("total", list(sides.values()))]:
+        counts = [f"{drawn.count(side):8,} {side}" for side in ("train", "val", "test")]
+        print(*counts, f" {label}")
 
 
 def parse_args(argv: list[str] | None) -> Namespace:

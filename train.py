@@ -54,6 +54,7 @@ OPTIONS = {
     "patience": (10, 10, 0, 2**20, "lr / 10 after more epochs than this without a lower val loss"),
     "crop_area": (0.25, 0.0, 0, 1, "smallest part of a photo in a crop; 0: 224 x 224 of 256 x 256"),
     "cutmix": (0.5, 0.0, 0, 1, "share of the batches in which a window shows another photo"),
+    "balance": (0.0, 0.0, 0, 1, "1: every class counts alike; 0: every photo; also between"),
     "groups": (2, 2, 1, 2, "2: as on the paper's two GPUs; 1: merged, for 1.4 times the time"),
     "seed": (0, 0, 0, 2**32, "of weights, order, crops and dropout"),
 }
@@ -79,7 +80,9 @@ def train(args: Namespace) -> None:
     if RANK:
         wait_for_others()  # process 0 decodes the photos
     train_set = Photos(args.data / "train", args.output)
-    val_set = Photos(args.data / "val", args.output, train_set.classes)
+    folders = [args.data / name for name in alexnet.VAL_FOLDERS]
+    val = next(filter(Path.is_dir, folders), folders[0])
+    val_set = Photos(val, args.output, train_set.classes)
     if not RANK:
         wait_for_others()
     if broken := train_set.broken + val_set.broken:
@@ -87,10 +90,14 @@ def train(args: Namespace) -> None:
     run = Run(args, train_set, val_set)
     print(f"device   {run.hardware}")
     print(f"photos   {len(train_set):,} to train, {len(val_set):,} to val")
-    print(f"classes  {len(train_set.classes)}; the largest alone: accuracy {max(run.shares):.4f}")
+    counts = train_set.counts()
+    print(f"classes  {len(counts)}, of {min(counts):,} to {max(counts):,} photos", end="; ")
+    print(f"always the likeliest: accuracy {max(run.shares):.4f}")
     print(f"network  {sum(p.numel() for p in run.net.parameters()):,} parameters")
     if checkpoint:
         resume(run, checkpoint)
+    elif args.init:
+        start_from(run)
     print("epoch       lr   train loss  accuracy   val loss  accuracy   seconds  images/s")
     lowest = args.lr * 0.1 ** (MAX_LR_DROPS + 0.5)  # below lr / 1000: the fourth drop ends it
     while len(run.history) < args.epochs and run.lr > lowest:
@@ -138,14 +145,14 @@ def open_checkpoint(args: Namespace) -> dict[str, Any] | None:
         recipe = args.given.get("recipe", "default")
         column = ("default", "paper").index(recipe)
         options = {name: values[column] for name, values in OPTIONS.items()}
-        vars(args).update({"recipe": recipe} | options | args.given)
+        vars(args).update({"recipe": recipe, "init": ""} | options | args.given)
         args.output.mkdir(parents=True, exist_ok=True)
         return None
     if not last.exists():
         raise InputError(f"there is no {last} to go on with; run without --resume")
     checkpoint = alexnet.load_tensors(last)
     try:
-        options = {name: checkpoint["options"][name] for name in ("recipe", *OPTIONS)}
+        options = {name: checkpoint["options"][name] for name in ("recipe", "init", *OPTIONS)}
     except (KeyError, TypeError):
         raise InputError(f"{last} is of no run of train.py; --overwrite starts anew") from None
     for name, value in args.given.items():
@@ -162,15 +169,19 @@ class Photos:
 
     def __init__(self, folder: Path, output: Path, classes: list[str] | None = None) -> None:
         if not folder.is_dir():
-            raise InputError(f"there is no folder {folder}; run split_data.py, or give --data")
-        files = [path for path in alexnet.image_files(folder) if path.parent != folder]
-        names = [path.relative_to(folder).as_posix() for path in files]
-        labels = [name.split("/")[0] for name in names]
+            way = "split_data.py makes it, or give another --data"
+            if (train := folder.with_name("train")).is_dir():
+                way = f"`python split_data.py --source {train} --output NEW` draws one from train"
+            raise InputError(f"there is no folder {folder}: {way}")
+        names = alexnet.list_photos(folder)
+        files, labels = [folder / name for name in names], [*map(alexnet.class_of, names)]
         self.classes = classes or sorted(set(labels))
         if len(self.classes) < 2 or not files:
             raise InputError(f"{folder} has photos of {len(set(labels))} classes: too few")
         if unknown := sorted(set(labels).difference(self.classes)):
             raise InputError(f"{folder} has a class that train lacks: {', '.join(unknown)}")
+        if lacking := sorted(set(self.classes).difference(labels)):
+            print(f"{folder} has no photos of {', '.join(lacking)}")
         index = {label: i for i, label in enumerate(self.classes)}
         self.labels = torch.tensor([index[label] for label in labels])  # int64 (N,)
         # Other files, or later versions of these, get another name; a run knows its photos by
@@ -261,8 +272,13 @@ class Run:
     def __init__(self, args: Namespace, train_set: Photos, val_set: Photos) -> None:
         self.args, self.train_set, self.val_set = args, train_set, val_set
         self.device = device = alexnet.pick_device(args.device)
-        self.options = {name: getattr(args, name) for name in ("recipe", *OPTIONS)}
-        self.shares = [n / len(val_set) for n in val_set.counts()]  # of the classes
+        self.options = {name: getattr(args, name) for name in ("recipe", "init", *OPTIONS)}
+        # What a photo of each class counts in validation, 1 in the mean, and the classes' shares.
+        counts = np.array(val_set.counts())
+        weights = counts.clip(1.0) ** -args.balance
+        weights *= len(val_set) / (weights @ counts)
+        self.class_weights = torch.tensor(weights, dtype=torch.float32, device=device)
+        self.shares = (weights * counts / len(val_set)).tolist()
         self.history: list[dict[str, float]] = []  # a row an epoch
         self.best = NO_SCORE  # of the weights in AlexNet.pth
         # Every 64th pixel of 2,000 photos, RGB in 0..1.
@@ -344,6 +360,20 @@ def resume(run: Run, checkpoint: dict[str, Any]) -> None:
         print(f"{error}; the best epoch from here on takes its place")
 
 
+def start_from(run: Run) -> None:
+    """Take over the weights of --init; its last layer only where it is of the same classes."""
+    path, classes = Path(run.args.init), run.train_set.classes
+    net = alexnet.load_network(path)
+    state = net.state_dict()
+    if alexnet.load_classes(path, net.classifier[-1].out_features) != classes:
+        del state["classifier.6.weight"], state["classifier.6.bias"]
+    try:
+        for net in (run.net, run.average):
+            net.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        raise InputError(f"{path} is of a run with other --groups; give its") from error
+
+
 def best_network(run: Run) -> AlexNet:
     """The network whose weights AlexNet.pth holds; raises InputError if it is not of this run."""
     path = run.args.output / "AlexNet.pth"
@@ -357,7 +387,10 @@ def train_one_epoch(run: Run, epoch: int) -> tuple[float, float]:
     """One pass over the training set; returns its mean loss and accuracy, in training mode."""
     # All that is random follows from the seed and the epoch, so resuming needs no other state.
     args, seed = run.args, run.args.seed * 1_000_000 + epoch
-    order = torch.randperm(len(run.train_set), generator=torch.Generator().manual_seed(seed))
+    # Every photo once in random order; with --balance a photo of a rare class more often.
+    weights = torch.tensor(run.train_set.counts())[run.train_set.labels] ** -args.balance
+    generator = torch.Generator().manual_seed(seed)
+    order = weights.multinomial(len(weights), args.balance > 0, generator=generator)
     torch.manual_seed(seed + (RANK << 40))
     batches = order.split(args.batch_size)
     totals, seen = torch.zeros(2, device=run.device), 0  # loss and right answers, summed
@@ -416,8 +449,9 @@ def evaluate(run: Run, net: AlexNet, ten_views: bool = False) -> tuple[float, fl
         labels = photos.labels[batch].to(run.device)
         with run.autocast:
             probabilities = alexnet.predict_probabilities(net, images, ten_views)
-        loss = F.nll_loss(probabilities.clamp(min=1e-12).log(), labels, reduction="sum")
-        totals += torch.stack([loss, (probabilities.argmax(1) == labels).sum()])
+        losses = F.nll_loss(probabilities.clamp(min=1e-12).log(), labels, reduction="none")
+        weights = run.class_weights[labels]
+        totals += torch.stack([losses, (probabilities.argmax(1) == labels)]) @ weights
     return mean_over_processes(totals, len(photos), "validation")
 
 
@@ -427,7 +461,7 @@ def is_on_plateau(run: Run) -> bool:
     entropy = -sum(share * math.log(share) for share in run.shares if share)
     lowest = min(row["val_loss"] for row in run.history)
     highest = max(row["val_accuracy"] for row in run.history)
-    return lowest >= 0.98 * entropy and highest <= max(run.shares) < 1
+    return lowest >= 0.98 * entropy and highest <= max(run.shares) + 1e-6 < 1
 
 
 # ------------------------------------------------------------------------------- files
@@ -526,13 +560,16 @@ def parse_args(argv: list[str] | None) -> Namespace:
     precision = "of the products; auto: bfloat16 where it is native, float16 on older CUDA cards"
     choices = ("auto", "float32", "bfloat16", "float16")
     add("--precision", choices=choices, default="auto", help=precision)
+    init = "weights of an earlier run to start from; a new last layer where its classes differ"
+    add("--init", metavar="AlexNet.pth", default=SUPPRESS, help=init)
     recipe = "paper: its start, of its weights, biases and raw pixels, and the options in []"
     add("--recipe", choices=("default", "paper"), default=SUPPRESS, help=recipe)
     for name, (default, paper, _, _, text) in OPTIONS.items():
         option, text = f"--{name.replace('_', '-')}", f"{text} (default: {default}) [{paper}]"
         add(option, type=type(default), default=SUPPRESS, help=text)
     args = parser.parse_args(argv)
-    args.given = {name: x for name, x in vars(args).items() if name in ("recipe", *OPTIONS)}
+    names = ("recipe", "init", *OPTIONS)
+    args.given = {name: x for name, x in vars(args).items() if name in names}
     limits = {name: values[2:4] for name, values in OPTIONS.items()}
     limits |= {"epochs": (1, 2**20), "accumulate": (1, 2**20)}
     for name, (least, most) in limits.items():

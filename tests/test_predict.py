@@ -40,7 +40,7 @@ def answer(trained: Path, capsys: pytest.CaptureFixture[str]) -> Run:
     def run(*argv: str | Path) -> tuple[int, str, str]:
         capsys.readouterr()
         weights = ["--weights", str(trained / "AlexNet.pth")]
-        status = predict.main([*map(str, argv), *weights])
+        status = predict.main([*weights, *map(str, argv)])
         return status, *capsys.readouterr()
 
     return run
@@ -149,12 +149,35 @@ def test_the_surest_mistakes_come_first_and_then_the_most_doubtful(capsys):
     answers.sort(key=predict.doubt)
     names = ["surely wrong", "wrong", "doubtful", "unknown", "sure", "x", "y"]
     assert [answer["path"] for answer in answers] == names
-    predict.print_answers(answers)
+    predict.print_answers(answers, 3)
     lines = capsys.readouterr().out.splitlines()
     assert lines[7:] == [
         *("1.0000  rose: 4 of 4", "0.0000  tulip: 0 of 2"),
         *("0.5000  mean over the classes", "0.6667  accuracy: 4 of 6"),
     ]
+    for answer in answers:
+        others = ["a", "b", "c", "tulip" if answer["path"] == "wrong" else "d", "tulip"]
+        answer["top"] += [{"class": name, "probability": 0.01} for name in others]
+    predict.print_answers(answers, 6)
+    assert "0.8333  top-5 accuracy" in capsys.readouterr().out.splitlines()
+
+
+def test_patterns_that_no_shell_expanded_and_composed_names(
+    answer: Run, photo: Path, trained: Path
+):
+    index = {"0": "daisy", "1": "ros\u00e9", "2": "tulips"}
+    (weights := Path("w")).mkdir()
+    (weights / "AlexNet.pth").symlink_to(trained / "AlexNet.pth")
+    (weights / "class_idx.json").write_text(json.dumps(index))
+    (folder := Path("rose\u0301")).mkdir()
+    for name in ("2.jpg", "1.jpg", "[1].jpg"):
+        shutil.copy(photo, folder / name)
+    for pattern, names in (("?.jpg", ["1.jpg", "2.jpg"]), ("[1].jpg", ["[1].jpg"])):
+        _, out, _ = answer(folder / pattern, "--json", "--weights", weights / "AlexNet.pth")
+        found = [json.loads(line) for line in out.splitlines()]
+        assert [Path(x["path"]).name for x in found] == names
+        assert {x["true_class"] for x in found} == {"ros\u00e9"}
+    assert answer(folder / "*.png")[0] == 1
 
 
 def test_a_bad_file_is_named_and_the_others_are_answered(answer: Run, photo: Path):
@@ -204,10 +227,10 @@ def test_the_figure_shows_the_answer(answer: Run, photo: Path):
     assert right.get_title() == f"the folder says {photo.parent.name}"
     bars = [bar for bar in right.patches if bar.get_width() < 1]
     assert sum(bar.get_width() for bar in bars) == pytest.approx(1, abs=1e-3)
-    names = [text.get_text() for text in right.texts[::2]]
+    names = [text.get_text().split()[1] for text in right.texts]
     assert sorted(names) == CLASSES
-    for name, bar, value in zip(names, bars, right.texts[1::2], strict=True):
-        assert value.get_text() == f"{bar.get_width():.3f}"
+    for name, bar, text in zip(names, bars, right.texts, strict=True):
+        assert text.get_text() == f"{bar.get_width():.3f}  {name}"
         red, green, blue, _ = bar.get_facecolor()
         assert (green > max(red, blue)) == (name == photo.parent.name)
     pyplot.close("all")
@@ -317,9 +340,7 @@ def test_weights_that_are_none(trained: Path, photo: Path):
     for wrong in (torch.nn.Linear(2, 2).state_dict(), [1, 2], {"net": state, "history": []}):
         torch.save(wrong, weights)
         assert "w.pth" in error_of(predict.main, *options)
-    state["classifier.6.bias"][0] = float("nan")
-    torch.save(state, weights)
-    assert "numbers" in error_of(predict.main, *options)
+    assert "AlexNet.pth" in error_of(predict.main, photo, "--weights", trained / "last.pt")
 
 
 @pytest.mark.parametrize(

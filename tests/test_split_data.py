@@ -66,8 +66,8 @@ def test_every_class_is_split_at_the_rate_and_no_photo_is_lost(twelve, tmp_path,
     assert contents(twelve) == before
     assert record["files"] == {n: hashlib.sha256(d).hexdigest() for n, d in files.items()}
     assert (record["seed"], record["val_rate"], record["test_rate"]) == (0, 0.25, 0.1)
-    table = [line.split() for line in capsys.readouterr().out.splitlines()[:4]]
-    assert table[1:] == [["8", "3", "1", "a"], ["7", "2", "1", "b"], ["15", "5", "2", "total"]]
+    table = [line.split()[::2] for line in capsys.readouterr().out.splitlines()[:3]]
+    assert table == [["8", "3", "1", "a"], ["7", "2", "1", "b"], ["15", "5", "2", "total"]]
 
 
 def test_the_split_follows_from_the_seed_not_from_the_order_of_files(twelve, tmp_path, monkeypatch):
@@ -120,7 +120,7 @@ def test_what_is_no_photo_is_left_out_and_named(twelve, tmp_path, capsys):
     for folder in ("empty", ".hidden", "odd"):
         (twelve / folder).mkdir()
     files = {"LICENSE.txt": b"CC", "top.jpg": good, ".hidden/00.jpg": good, "a/._00.jpg": good}
-    files |= {"a/notes.txt": b"x", "odd/notes.txt": b"x", "a/broken.jpg": good[:700]}
+    files |= {"a/notes.txt": b"x", "odd/1.heic": b"x", "a/broken.jpg": good[:700]}
     for name, data in files.items():
         (twelve / name).write_bytes(data)
     os.mkfifo(twelve / "a" / "pipe.jpg")  # to open it would block
@@ -128,9 +128,10 @@ def test_what_is_no_photo_is_left_out_and_named(twelve, tmp_path, capsys):
     assert len(found) == 22 + 1 and not {"broken", "pipe", "top"} & {Path(x).stem for x in found}
     printed = capsys.readouterr()
     lines = printed.out.splitlines()
-    assert "no photos in the folders: .hidden, empty, odd" in lines
-    skipped = ".hidden/00.jpg, LICENSE.txt, a/._00.jpg, a/notes.txt, odd/notes.txt, top.jpg"
-    assert f"skipped, no photos of a class: {skipped}" in lines
+    assert lines[0] == "no photos in these folders of photos: empty, odd"
+    first, *kinds = lines[1].split(", 1 ")
+    assert first == "skipped, no photos of a class, in photos: 2 .txt"
+    assert sorted(kinds) == [".heic", ".jpg"]
     for name in ("a/broken.jpg", "a/pipe.jpg"):
         assert f"cannot be read: {twelve / name}: " in printed.err
     for label in ("c", "empty"):
@@ -163,6 +164,44 @@ def test_names_that_are_no_unicode_and_linked_folders_and_photos_are_read(tmp_pa
     assert {name.split("/", 1)[1]: data for name, data in files.items()} == expected
     assert not any(path.is_symlink() for path in (tmp_path / "data").rglob("*"))
     assert split(photos, tmp_path / "data", "--val-rate", "0.5").keys() - files == {"split.json"}
+
+
+@pytest.mark.parametrize("suffix", ["", ".zip"])
+@pytest.mark.parametrize(
+    "sides, way",
+    [
+        (("train", "valid", "test"), "`python train.py --data {}` takes it as it is"),
+        (("Training", "Testing"), "`--source {}/Training`"),
+        (("train", "test"), "`--source {}/train`"),
+    ],
+)
+def test_what_is_split_already_is_told_how_to_use_it(twelve, tmp_path, sides, way, suffix):
+    for side in sides:
+        shutil.copytree(twelve, tmp_path / "sets" / "x-rays" / side)
+    source, place = tmp_path / "sets", tmp_path / "sets" / "x-rays"
+    if suffix:
+        source = Path(shutil.make_archive(str(source), "zip", source))
+        shutil.rmtree(tmp_path / "sets")
+    message = refusal(source, tmp_path / "data")
+    assert way.format(place) in message and ("unpack it" in message) == bool(suffix)
+
+
+def test_classes_are_found_deeper_and_a_copy_of_them_is_refused(twelve, tmp_path, capsys):
+    shutil.copytree(twelve, tmp_path / "down" / "load" / "photos")
+    files = split(tmp_path / "down", tmp_path / "data")
+    assert (
+        f"the classes are the folders in {tmp_path / 'down/load/photos'}" in capsys.readouterr().out
+    )
+    assert files == split(twelve, tmp_path / "direct")
+    shutil.copytree(twelve, tmp_path / "down" / "load" / "photos" / "photos")
+    assert "load/photos/photos seems to be a copy" in refusal(tmp_path / "down", tmp_path / "new")
+
+
+@pytest.mark.parametrize("names", [("Rosé", "rosé"), ("ros\u00e9", "rose\u0301")])
+def test_names_that_are_one_on_other_machines_are_refused(tmp_path, names):
+    photos = draw_photos(tmp_path / "photos", dict.fromkeys((*names, "tulip"), 4))
+    message = refusal(photos, tmp_path / "data")
+    assert all(name in message for name in names) and "tulip" not in message
 
 
 @pytest.mark.parametrize("val, test", [("0.1", "0"), ("0.4", "0.1"), ("0.5", "0.2")])
@@ -287,12 +326,17 @@ def test_output_and_source_do_not_meet(twelve, tmp_path, monkeypatch):
         assert contents(tmp_path) == before
 
 
-def test_an_empty_output_folder_is_used_or_stays_as_it_is(twelve, tmp_path):
+def test_an_empty_output_folder_is_used_or_stays_as_it_is(twelve, tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     files = split(twelve, tmp_path / "empty")
     assert split(twelve, tmp_path / "x" / "y" / "z") == files and len(files) == 23
     (tmp_path / "other").mkdir()
     assert "0 classes" in refusal(twelve / "a", tmp_path / "other")
+    (tmp_path / "link").symlink_to("other")
+    assert split(twelve, tmp_path / "link") == files == contents(tmp_path / "other")
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path).name == "disk")
+    (tmp_path / "disk").mkdir()
+    assert "mount point" in refusal(twelve, tmp_path / "disk")
 
 
 def test_a_full_disk_and_ctrl_c_leave_nothing(twelve, tmp_path, monkeypatch, capsys):

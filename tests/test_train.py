@@ -160,7 +160,9 @@ def test_data_that_cannot_be_trained_on(tmp_path, capsys):
     draw_photos(sides[0], {"a": 2})
     assert f"{sides[0]} has photos of 1 classes" in refusal(data, tmp_path)
     draw_photos(sides[0], {"b": 2})
-    assert f"there is no folder {sides[1]}" in refusal(data, tmp_path)
+    message = refusal(data, tmp_path)
+    assert f"there is no folder {sides[1]}" in message
+    assert f"`python split_data.py --source {sides[0]} --output NEW`" in message
     sides[1].mkdir()
     assert f"{sides[1]} has photos of 0 classes" in refusal(data, tmp_path)
     draw_photos(sides[1], {"a": 2})
@@ -273,6 +275,49 @@ def test_warm_up_and_draws_follow_from_the_seed_and_the_epoch(few, tmp_path, mon
     assert sorted(i for batch, *_ in drawn[0] for i in batch.tolist()) == [*range(6)]
     assert [same(drawn[0], other) for other in drawn[3:]] == [False, True, False, False]
     assert same(drawn[1], drawn[5])
+
+
+def test_balance_counts_every_class_alike(tmp_path, monkeypatch):
+    labels = torch.tensor([0] * 90 + [1] * 10)
+    photos = photos_of(np.zeros((100, 256, 256, 3), np.uint8), labels, 2)
+    drawn = []
+    monkeypatch.setattr(train, "train_one_batch", lambda run, x: drawn.append(x) or torch.zeros(2))
+    answer = torch.tensor([[0.8, 0.2]])  # always the first class
+    monkeypatch.setattr(
+        alexnet, "predict_probabilities", lambda net, x, ten: answer.expand(len(x), 2)
+    )
+    for balance, share, loss in (
+        ("0", 0.9, -math.log(0.8**9 * 0.2) / 10),
+        ("1", 0.5, -math.log(0.16) / 2),
+    ):
+        run = new_run(tmp_path, tmp_path, "--balance", balance, photos=photos)
+        drawn.clear()
+        for epoch in range(1, 11):
+            train.train_one_epoch(run, epoch)
+        rare = labels[torch.cat(drawn)].float().mean().item()
+        assert rare == pytest.approx(1 - share, abs=1e-6 if balance == "0" else 0.06)
+        assert run.shares == pytest.approx([share, 1 - share])
+        assert train.evaluate(run, run.average) == pytest.approx((loss, share))
+
+
+def test_a_run_can_start_from_another_one_s_weights(two, few, tmp_path, capsys):
+    state = torch.load(two / "AlexNet.pth")
+    data = copy_of(few, tmp_path / "data")
+    options = ("--init", str(two / "AlexNet.pth"))
+    for classes in ("a b", "a c"):
+        for side in ("train", "val"):
+            (data / side / "b").rename(data / side / classes[2])
+        (run := new_run(data, tmp_path, *options)).args.lr = 0.0
+        train.start_from(run)
+        for ours in (run.net.state_dict(), run.average.state_dict()):
+            other = [name for name in state if not torch.equal(ours[name], state[name])]
+            assert other == (
+                [] if classes == "a b" else ["classifier.6.weight", "classifier.6.bias"]
+            )
+    assert "--groups" in refusal(data, tmp_path / "x", *options, "--groups", "1")
+    run_train(data, tmp_path / "y", *options, "--epochs", "1")
+    assert "--init" in refusal(data, tmp_path / "y", "--resume", "--init", "other.pth")
+    run_train(data, tmp_path / "y", "--resume", "--epochs", "2")
 
 
 def update_of(run: train.Run, *batch: int) -> Tensor:
