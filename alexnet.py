@@ -3,11 +3,8 @@
     python alexnet.py       # prints the layers at 1000 classes, and the number of parameters
 
 Section numbers are those of the paper, "ImageNet Classification with Deep Convolutional Neural
-Networks". First comes the network, then how a file becomes pixels and which views of them are
-looked at, then the device, files and errors.
+Networks".
 """
-
-from __future__ import annotations
 
 import contextlib
 import functools
@@ -44,53 +41,47 @@ FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM", "AVIF")  # EPS ru
 warnings.filterwarnings("ignore", module="PIL")  # a file is read, or one line says why not
 
 
-# ------------------------------------------------------------------------------- the network
-class LocalResponseNormFunction(torch.autograd.Function):
-    """y = x * d^-0.75, d = 2 + the sum of (0.01 * x)^2 over 5 neighbouring channels.
+# ----- the network
+def normalize(x: Tensor) -> Tensor:
+    """y = x * d^-0.75, d = 2 + alpha * the sum of x^2 over 5 neighbouring channels."""
+    root = denominator(x).rsqrt()
+    return x * (root * root.sqrt())  # cheaper than a power
+
+
+def denominator(x: Tensor) -> Tensor:
+    """d; alpha is 0.01^2, and the square of 300 would be infinite in float16."""
+    return sum_over_neighbors((0.01 * x).square(), 2.0)
+
+
+def sum_over_neighbors(x: Tensor, start: float = 0.0) -> Tensor:
+    """start + the sum of (N, C, H, W) over channels i - 2 to i + 2: a 1 x 1 convolution."""
+    ones = x.new_ones(x.shape[1], x.shape[1]).tril(2).triu(-2)
+    return F.conv2d(x, ones[:, :, None, None], x.new_full(x.shape[1:2], start))
+
+
+class NormalizeFunction(torch.autograd.Function):
+    """`normalize`, which keeps x alone for its gradient, where autograd would keep five tensors.
 
     The gradient of x is g * d^-0.75 - 1.5e-4 * x * (the sum of g * x * d^-1.75 over the
-    neighbours), where g is that of y; x alone is kept for it, not the five tensors of autograd.
+    neighbours), where g is that of y.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
-        y = torch.empty_like(x)
         with torch.autocast(x.device.type, enabled=False):  # all in the type of x
-            for x_part, out in zip(parts(x), parts(y), strict=True):
-                root = denominator(x_part).rsqrt_()
-                torch.mul(x_part, root.mul_(root.sqrt()), out=out)  # cheaper than a power
-        return y
+            return normalize(x)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
-        grad_x = torch.empty_like(x)
         with torch.autocast(x.device.type, enabled=False):
-            for x_part, g_part, out in zip(parts(x), parts(grad_y), parts(grad_x), strict=True):
-                d = denominator(x_part)
-                root = d.rsqrt()
-                scaled = root.sqrt().mul_(root).mul_(g_part)  # g * d^-0.75
-                total = sum_over_neighbors((0.01 * x_part).mul_(scaled).div_(d))
-                torch.addcmul(scaled, total, x_part, value=-1.5e-4 / 0.01, out=out)
-        return grad_x
-
-
-def parts(x: Tensor) -> tuple[Tensor, ...]:
-    """On a CPU four photos at a time, which stay in its cache; elsewhere the whole batch."""
-    return x.split(4) if x.device.type == "cpu" else (x,)
-
-
-def denominator(x: Tensor) -> Tensor:
-    """2 + alpha * the sum of squares; 0.01^2 is alpha, and 300^2 would be infinite in float16."""
-    return sum_over_neighbors((0.01 * x).square()) + 2
-
-
-def sum_over_neighbors(x: Tensor) -> Tensor:
-    """Sum of (N, C, H, W) over the channels i - 2 ... i + 2: a 1 x 1 convolution with ones."""
-    ones = x.new_ones(x.shape[1], x.shape[1]).tril(2).triu(-2)
-    return F.conv2d(x, ones[:, :, None, None])
+            d = denominator(x)
+            root = d.rsqrt()
+            scaled = root.sqrt().mul_(root).mul_(grad_y)  # g * d^-0.75
+            total = sum_over_neighbors((0.01 * x).mul_(scaled).div_(d))
+            return torch.addcmul(scaled, total, x, value=-1.5e-4 / 0.01)
 
 
 class LocalResponseNorm(nn.Module):
@@ -100,10 +91,8 @@ class LocalResponseNorm(nn.Module):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.training:
-            return LocalResponseNormFunction.apply(x)
-        root = denominator(x).rsqrt()  # plain operations, which can be exported
-        return x * (root * root.sqrt())
+        # In eval mode plain operations, which can be exported.
+        return NormalizeFunction.apply(x) if self.training else normalize(x)
 
 
 class AlexNet(nn.Module):
@@ -181,7 +170,7 @@ class AlexNet(nn.Module):
         return self.classifier[-1](self.hidden(images))
 
 
-# --------------------------------------------------------------------- what the network looks at
+# ----- what the network looks at
 def visible_files(folder: Path) -> list[Path]:
     """The files below a folder, sorted; links are followed, hidden names left out."""
 
@@ -204,24 +193,20 @@ def image_files(folder: Path) -> list[Path]:
 
 
 def list_photos(folder: Path) -> list[str]:
-    """The photos in the class folders of `folder` as CLASS/.../NAME; tells what else lies there."""
+    """The photos in the class folders of `folder`, as CLASS/.../NAME; prints what else is there."""
     photos = [path for path in image_files(folder) if path.parent != folder]
-    others = set(visible_files(folder)).difference(photos)
     names = [path.relative_to(folder).as_posix() for path in photos]
     classes = {name.split("/")[0] for name in names}
     folders = {path.name for path in folder.iterdir() if path.is_dir() and path.name[0] != "."}
     if empty := sorted(folders - classes):
         print(f"no photos in these folders of {folder.name}: {', '.join(empty)}")
-    if others:
+    if others := set(visible_files(folder)).difference(photos):
         counts = Counter(path.suffix or path.name for path in others)
         kinds = ", ".join(f"{n} {kind}" for kind, n in counts.most_common())
         print(f"skipped, no photos of a class, in {folder.name}: {kinds}")
-    first: dict[str, str] = {}
-    for label in sorted(classes):
-        other = first.setdefault(class_of(label).casefold(), label)
-        if other != label:
-            way = "are one on other machines; rename or join them"
-            raise InputError(f"the folders {other} and {label} of {folder} {way}")
+    alike = Counter(class_of(label).casefold() for label in classes)
+    if double := sorted(label for label in classes if alike[class_of(label).casefold()] > 1):
+        raise InputError(f"{', '.join(double)}: one name on other machines; rename or join them")
     return names
 
 
@@ -289,17 +274,15 @@ def to_float(pixels: Tensor) -> Tensor:
     return pixels.permute(0, 3, 1, 2).float().div_(255)
 
 
-def center_crop(images: Tensor) -> Tensor:
-    """The central 224 x 224 view of (N, 3, 256, 256)."""
-    margin = (IMAGE_SIZE - CROP_SIZE) // 2
-    return images[:, :, margin:-margin, margin:-margin]
+def views_of(images: Tensor, ten: bool) -> list[Tensor]:
+    """Of (N, 3, 256, 256) the central 224 x 224, or the ten views of section 4.1.
 
-
-def ten_crop(images: Tensor) -> list[Tensor]:
-    """The ten views of section 4.1: the four corners, the centre, and their mirror images."""
-    near, far = slice(0, CROP_SIZE), slice(IMAGE_SIZE - CROP_SIZE, IMAGE_SIZE)
-    views = [images[:, :, y, x] for y in (near, far) for x in (near, far)] + [center_crop(images)]
-    return views + [view.flip(3) for view in views]
+    These are the centre, the four corners, and their mirror images.
+    """
+    views = []
+    for y, x in ((16, 16), (0, 0), (0, 32), (32, 0), (32, 32))[: 5 if ten else 1]:
+        views.append(images[:, :, y : y + CROP_SIZE, x : x + CROP_SIZE])
+    return views + [view.flip(3) for view in views if ten]
 
 
 @torch.inference_mode()
@@ -307,13 +290,13 @@ def predict_probabilities(net: AlexNet, images: Tensor, ten_views: bool) -> Tens
     """Class probabilities of (N, 3, 256, 256), (N, classes): the mean of the views' softmax."""
     found = []
     for some in images.split(6 if ten_views else 64):
-        views = ten_crop(some) if ten_views else [center_crop(some)]
+        views = views_of(some, ten_views)
         probabilities = net(torch.cat(views)).float().softmax(1)
         found.append(probabilities.unflatten(0, (len(views), -1)).mean(0))
     return torch.cat(found)
 
 
-# ----------------------------------------------------------------------- device, files, errors
+# ----- device, files, errors
 class InputError(Exception):
     """Something that the user can put right: the message says what is wrong and what helps."""
 
@@ -326,9 +309,8 @@ def is_out_of_memory(error: Exception) -> bool:
 @contextlib.contextmanager
 def one_line_errors(out_of_memory: str = "end other programs", stopped: str = "") -> Iterator[None]:
     """End with one line, not a traceback, where the user can put something right or stops."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # not so in a notebook
-            stream.reconfigure(errors="backslashreplace")  # a console may lack a name's letters
+    if isinstance(sys.stdout, io.TextIOWrapper):  # not so in a notebook
+        sys.stdout.reconfigure(errors="backslashreplace")  # a console may lack a name's letters
     try:
         yield
         sys.stdout.flush()
@@ -370,11 +352,8 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except (OSError, RuntimeError) as error:
-        reason = error if isinstance(error, OSError) else error.__context__  # torch.save hides it
-        if not isinstance(reason, OSError):
-            raise
-        raise OSError(f"{path} cannot be written: {reason}") from error
+    except (OSError, RuntimeError) as error:  # torch.save hides the former behind the latter
+        raise OSError(f"{path} cannot be written: {error.__context__ or error}") from error
     finally:
         partial.unlink(missing_ok=True)
 
@@ -419,7 +398,7 @@ def load_classes(weights: Path, n: int) -> list[str]:
     """The names of the n classes of these weights, from the class_idx.json beside them."""
     path = weights.with_name("class_idx.json")
     try:
-        index = json.loads(path.read_text(encoding="utf-8", errors="surrogateescape"))
+        index = json.loads(path.read_bytes())
         classes = [str(index[str(i)]) for i in range(len(index))]
     except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
         classes = []

@@ -30,7 +30,6 @@ import torch
 from matplotlib import pyplot
 from matplotlib.figure import Figure
 from torch import Tensor
-from tqdm import tqdm
 
 import alexnet
 from alexnet import AlexNet, InputError, image_files
@@ -71,8 +70,7 @@ def main(argv: list[str] | None = None) -> int:
         for answer in found:
             answers.append(answer)
             if args.json:
-                tqdm.write(json.dumps(answer))  # which steps around the bar
-                sys.stdout.flush()
+                print(json.dumps(answer), flush=True)
         answers.sort(key=doubt)
         if answers and not args.json:
             print_answers(answers, len(classes))
@@ -126,7 +124,7 @@ def find_similar(net: AlexNet, answers: list[Answer], training: list[Path]) -> l
     """Add the training photos whose last hidden activations are NEAREST (section 6.1)."""
 
     def hidden(images: Tensor) -> Tensor:
-        return net.hidden(alexnet.center_crop(images.to(net.mean.device)))
+        return net.hidden(*alexnet.views_of(images.to(net.mean.device), ten=False))
 
     asked = [Path(answer["path"]) for answer in answers]
     queries = [hidden(images) for _, images in read_batches(asked, "predicting")]
@@ -143,7 +141,7 @@ def find_similar(net: AlexNet, answers: list[Answer], training: list[Path]) -> l
     return answers
 
 
-# ------------------------------------------------------------------------------- on the screen
+# ----- on the screen
 def is_wrong(answer: Answer) -> bool:
     return answer.get("true_class", answer["class"]) != answer["class"]
 
@@ -179,7 +177,7 @@ def print_answers(answers: list[Answer], n_classes: int) -> None:
         print(f"{right.total() / len(known):.4f}  accuracy: {right.total()} of {len(known)}")
 
 
-# ------------------------------------------------------------------------------- figures
+# ----- figures
 def show(figure: Figure, save: Path | None) -> None:
     """Into the file `save`; if none is given, in a window or else into prediction.png."""
     if not save and figure.canvas.required_interactive_framework:

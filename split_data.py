@@ -30,9 +30,9 @@ from alexnet import InputError, class_of
 # The flower photos of TensorFlow's examples: 3,670 photos, 5 classes, CC BY 2.0, 229 MB.
 ARCHIVE = Path("flower_photos.tgz")
 URL = "https://storage.googleapis.com/download.tensorflow.org/example_images/flower_photos.tgz"
+SHA256 = "4c54ace7911aaffe13a365c34f650e71dd5bf1be0a58b464e5a7183e3e595d9c"
 # Folders beside `train` in a set that is split already, the ones for validation first.
 HELD_OUT = (*alexnet.VAL_FOLDERS, "test", "testing")
-SHA256 = "4c54ace7911aaffe13a365c34f650e71dd5bf1be0a58b464e5a7183e3e595d9c"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -58,8 +58,6 @@ def check_places(source: Path, output: Path) -> None:
     """Refuse what is no source, and an output that is neither empty nor a split."""
     if not source.exists() and source != ARCHIVE:
         raise InputError(f"--source {source} does not exist")
-    if (source / "split.json").exists():
-        raise InputError(f"--source {source} is a split; give the photos that it was made from")
     if source.resolve() in (output.resolve(), *output.resolve().parents):
         raise InputError(f"--output {output} lies in --source {source}; give one outside of it")
     if os.path.ismount(output):  # nothing can be renamed to it
@@ -80,15 +78,14 @@ def download() -> None:
 
 
 def split(args: Namespace, scratch: Path) -> None:
-    source = args.source if args.source.is_dir() else unpack(args.source, scratch / "photos")
+    top = args.source if args.source.is_dir() else unpack(args.source, scratch / "photos")
     # The folder whose folders are the classes: the one given, or one deeper in it.
-    above = [path.parent.parent for path in alexnet.image_files(source) if path.parent != source]
-    root = Path(os.path.commonpath(above or [source]))
-    place = args.source.with_suffix("") if args.source.is_file() else source
-    place = place / root.relative_to(source)  # where the user has it, or will once it is unpacked
-    if root != source:
+    parents = [path.parent.parent for path in alexnet.image_files(top) if path.parent != top]
+    source = Path(os.path.commonpath(parents or [top]))
+    place = top if args.source.is_dir() else args.source.with_suffix("")
+    place /= source.relative_to(top)  # where the user has it, or will once it is unpacked
+    if source != top:
         print(f"the classes are the folders in {place}")
-    source = root
     photos = alexnet.list_photos(source)
     check_classes(photos, place)
     digests = check_photos(source, photos)
@@ -116,7 +113,7 @@ def split(args: Namespace, scratch: Path) -> None:
 
 
 def unpack(archive: Path, folder: Path) -> Path:
-    """Unpack a .tgz, .tar or .zip into `folder`; returns the folder of class folders in it."""
+    """Unpack a .tgz, .tar or .zip into `folder`, a new one, and return that."""
     safe = {} if archive.suffix == ".zip" else {"filter": "data"}  # a .zip is always safe
     folder.mkdir()
     try:
@@ -124,7 +121,6 @@ def unpack(archive: Path, folder: Path) -> Path:
     except Exception as error:  # the decompressors raise almost any type
         way = f"cannot be unpacked ({error}); do that yourself, and give the folder as --source"
         raise InputError(f"{archive} is no folder, and {way}") from error
-    shutil.rmtree(folder / "__MACOSX", ignore_errors=True)  # copies that Finder adds
     return folder
 
 

@@ -59,8 +59,11 @@ OPTIONS = {
     "seed": (0, 0, 0, 2**32, "of weights, order, crops and dropout"),
 }
 WARMUP_EPOCHS = 3  # the learning rate rises to --lr over these
-MAX_LR_DROPS = 3  # section 5: divided by 10 when the validation error stalls, three times in all
+MAX_LR_DROPS = 3  # section 5: by 10 each, when the validation error stalls; a fourth ends the run
+AVERAGE_EVERY = 8  # steps; every one would take 3 to 10 % of the time on a CPU
+KEPT = ("recipe", "init", *OPTIONS)
 STUCK_EPOCHS = 6  # after as many on the starting plateau a hint is printed
+SAVE_PAUSE = 9  # times as long as the last saving took, or longer: a card's epoch is a second
 NO_SCORE = (-1.0, -math.inf)  # lower than that of any epoch
 NAMES = "epoch lr train_loss train_accuracy val_loss val_accuracy seconds images_per_second".split()
 
@@ -68,7 +71,7 @@ NAMES = "epoch lr train_loss train_accuracy val_loss val_accuracy seconds images
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     less = f"--accumulate {4 * args.accumulate} computes the same batch in smaller pieces"
-    with alexnet.one_line_errors(less, "; --resume goes on after the last whole epoch"):
+    with alexnet.one_line_errors(less, "; --resume goes on after the epoch saved last"):
         train(args)
     return 0
 
@@ -99,8 +102,7 @@ def train(args: Namespace) -> None:
     elif args.init:
         start_from(run)
     print("epoch       lr   train loss  accuracy   val loss  accuracy   seconds  images/s")
-    lowest = args.lr * 0.1 ** (MAX_LR_DROPS + 0.5)  # below lr / 1000: the fourth drop ends it
-    while len(run.history) < args.epochs and run.lr > lowest:
+    while not run.is_over:
         epoch, start = len(run.history) + 1, time.perf_counter()
         trained = train_one_epoch(run, epoch)
         speed = len(train_set) / (time.perf_counter() - start)
@@ -112,15 +114,15 @@ def train(args: Namespace) -> None:
         # would be lowered just where it is needed.
         if epoch > WARMUP_EPOCHS and not is_on_plateau(run):
             run.scheduler.step(row["val_loss"])
-        is_best = score(row) > run.best
-        run.best = max(run.best, score(row))
-        if not RANK:
-            save(run, is_best)
+        if is_best := score(row) > run.best:
+            run.best, run.unsaved = score(row), copy.deepcopy(run.average.state_dict())
+        if not RANK and (run.is_over or time.perf_counter() > run.next_save):
+            save(run)
         line = "{:5} {:8.2g}   {:10.4f}  {:8.4f}   {:8.4f}  {:8.4f}   {:7.1f}  {:8.1f}"
         print(line.format(*values) + ("  best" if is_best else ""), flush=True)
         if epoch == STUCK_EPOCHS and is_on_plateau(run):
             print(f"hint: nothing is learnt yet; try --lr {args.lr / 3:.2g} or --batch-size 16")
-    if run.lr < lowest:
+    if len(run.history) < args.epochs:
         print("ended: the val loss no longer falls")
     report(run)
 
@@ -152,7 +154,7 @@ def open_checkpoint(args: Namespace) -> dict[str, Any] | None:
         raise InputError(f"there is no {last} to go on with; run without --resume")
     checkpoint = alexnet.load_tensors(last)
     try:
-        options = {name: checkpoint["options"][name] for name in ("recipe", "init", *OPTIONS)}
+        options = {name: checkpoint["options"][name] for name in KEPT}
     except (KeyError, TypeError):
         raise InputError(f"{last} is of no run of train.py; --overwrite starts anew") from None
     for name, value in args.given.items():
@@ -163,7 +165,7 @@ def open_checkpoint(args: Namespace) -> dict[str, Any] | None:
     return checkpoint
 
 
-# ------------------------------------------------------------------------------- the photos
+# ----- the photos
 class Photos:
     """The photos folder/CLASS/*, decoded once into a file that is mapped into memory, not read."""
 
@@ -195,10 +197,24 @@ class Photos:
             path = output / path.name
         # How many cannot be read; if none, pixels are uint8 (N, 256, 256, 3).
         self.broken = 0 if path.exists() else write_pixels(path, files)
-        self.pixels = np.load(path, mmap_mode="r") if not self.broken else None
+        if not self.broken:
+            self.pixels = torch.from_numpy(np.load(path, mmap_mode="c"))  # torch warns of "r"
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def move_to(self, device: torch.device) -> None:
+        """Keep the pixels on a CUDA card, where they take less than a quarter of what is free."""
+        if device.type == "cuda":
+            free, total = torch.cuda.mem_get_info(device)
+            free = min(free, total * torch.cuda.get_per_process_memory_fraction(device))
+            if self.pixels.nbytes < free / 4:
+                self.pixels = self.pixels.to(device)
+
+    def take(self, indices: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Pixels (n, 256, 256, 3) and labels (n,) of these photos."""
+        pixels = self.pixels[indices.to(self.pixels.device)]
+        return pixels.to(device), self.labels[indices].to(device)
 
     def counts(self) -> list[int]:
         return torch.bincount(self.labels, minlength=len(self.classes)).tolist()
@@ -222,12 +238,11 @@ def write_pixels(path: Path, files: list[Path]) -> int:
     return len(files) - n
 
 
-# ------------------------------------------------------------------- augmentation (section 4.1)
+# ----- augmentation (section 4.1)
 def make_batch(run: Run, indices: Tensor) -> tuple[Tensor, Tensor]:
     """Images (n, 3, 224, 224) in 0..1 and targets (n, classes), augmented, on the device."""
     n, n_classes = len(indices), len(run.train_set.classes)
-    pixels = torch.from_numpy(run.train_set.pixels[indices.numpy()]).to(run.device)
-    labels = run.train_set.labels[indices].to(run.device)
+    pixels, labels = run.train_set.take(indices, run.device)
     shifts = 0.1 * torch.randn(n, 3, device=run.device) @ run.color_axes.T
     crops = draw_crops(n, run.args.crop_area, run.device)
     images = augment(alexnet.to_float(pixels), crops, shifts)
@@ -263,7 +278,7 @@ def augment(images: Tensor, crops: Tensor, shifts: Tensor) -> Tensor:
     return views.add_(shifts[:, :, None, None])
 
 
-# ------------------------------------------------------------------------ training (section 5)
+# ----- training (section 5)
 class Run:
     """A training run as it stands between two epochs; a new one stands at the start."""
 
@@ -272,30 +287,33 @@ class Run:
     def __init__(self, args: Namespace, train_set: Photos, val_set: Photos) -> None:
         self.args, self.train_set, self.val_set = args, train_set, val_set
         self.device = device = alexnet.pick_device(args.device)
-        self.options = {name: getattr(args, name) for name in ("recipe", "init", *OPTIONS)}
+        self.options = {name: getattr(args, name) for name in KEPT}
         # What a photo of each class counts in validation, 1 in the mean, and the classes' shares.
-        counts = np.array(val_set.counts())
-        weights = counts.clip(1.0) ** -args.balance
+        counts = torch.tensor(val_set.counts(), dtype=torch.float64)
+        weights = counts.clip(1) ** -args.balance
         weights *= len(val_set) / (weights @ counts)
-        self.class_weights = torch.tensor(weights, dtype=torch.float32, device=device)
+        self.class_weights = weights.float().to(device)
         self.shares = (weights * counts / len(val_set)).tolist()
         self.history: list[dict[str, float]] = []  # a row an epoch
-        self.best = NO_SCORE  # of the weights in AlexNet.pth
+        self.best = NO_SCORE  # of the best weights so far
+        self.unsaved: dict[str, Tensor] | None = None  # these, where AlexNet.pth has others
+        self.next_save = 0.0  # on time.perf_counter()
         # Every 64th pixel of 2,000 photos, RGB in 0..1.
         some = train_set.pixels[:: math.ceil(len(train_set) / 2000), ::8, ::8].reshape(-1, 3) / 255
-        covariance = np.cov(some.T)
+        covariance = torch.cov(some.T.double())
         # Section 4.1: RGB is shifted along the principal components p_i of the training pixels, by
         # a_i * sqrt(lambda_i), as in the 2012 source; the paper prints no root.
-        eigenvalues, eigenvectors = np.linalg.eigh(covariance)
-        axes = eigenvectors * eigenvalues.clip(0) ** 0.5
-        self.color_axes = torch.tensor(axes, dtype=torch.float32, device=device)
+        eigenvalues, eigenvectors = torch.linalg.eigh(covariance)
+        self.color_axes = (eigenvectors * eigenvalues.clip(0).sqrt()).float().to(device)
+        for photos in (train_set, val_set):
+            photos.move_to(device)
         torch.manual_seed(args.seed)
         self.net = AlexNet(len(train_set.classes), args.groups)
         self.net.initialize(args.recipe)
-        self.net.mean.copy_(torch.tensor(some.mean(0))[:, None, None])
+        self.net.mean.copy_(some.mean(0)[:, None, None])
         if args.recipe == "default":  # drawings may have no deviation at all
-            deviation = covariance.diagonal().clip(1 / 255**2) ** 0.5
-            self.net.std.copy_(torch.tensor(deviation)[:, None, None])
+            deviation = covariance.diagonal().clip(1 / 255**2).sqrt()
+            self.net.std.copy_(deviation[:, None, None])
         self.net.to(device, memory_format=torch.channels_last)
         # The moving average of the weights, which is evaluated and saved.
         self.average = copy.deepcopy(self.net).eval().requires_grad_(False)
@@ -314,15 +332,14 @@ class Run:
     def lr(self) -> float:
         return self.optimizer.param_groups[0]["lr"]
 
+    @property
+    def is_over(self) -> bool:
+        lowest = self.args.lr * 0.1 ** (MAX_LR_DROPS + 0.5)  # which only the last drop goes below
+        return len(self.history) >= self.args.epochs or self.lr < lowest
+
     def state_dict(self) -> dict[str, Any]:
         facts = {"options": self.options, "photos": self.train_set.digest, "history": self.history}
         return facts | {name: getattr(self, name).state_dict() for name in self.PARTS}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name in self.PARTS:
-            if state[name]:  # empty: of a scaler that was off
-                getattr(self, name).load_state_dict(state[name])
-        self.history = list(state["history"])
 
 
 def score(row: dict[str, float]) -> tuple[float, float]:
@@ -350,7 +367,10 @@ def resume(run: Run, checkpoint: dict[str, Any]) -> None:
     if checkpoint.get("photos") != run.train_set.digest:
         raise InputError(f"{last} is of a run on other photos than {run.args.data}'s; give its own")
     try:
-        run.load_state_dict(checkpoint)
+        for name in run.PARTS:
+            if checkpoint[name]:  # empty: of a scaler that was off
+                getattr(run, name).load_state_dict(checkpoint[name])
+        run.history = list(checkpoint["history"])
     except Exception as error:  # whatever such a file may hold
         raise InputError(f"{last} is of another train.py; --overwrite starts anew") from error
     try:
@@ -368,8 +388,8 @@ def start_from(run: Run) -> None:
     if alexnet.load_classes(path, net.classifier[-1].out_features) != classes:
         del state["classifier.6.weight"], state["classifier.6.bias"]
     try:
-        for net in (run.net, run.average):
-            net.load_state_dict(state, strict=False)
+        run.net.load_state_dict(state, strict=False)
+        run.average.load_state_dict(state, strict=False)
     except RuntimeError as error:
         raise InputError(f"{path} is of a run with other --groups; give its") from error
 
@@ -401,7 +421,9 @@ def train_one_epoch(run: Run, epoch: int) -> tuple[float, float]:
             warm = (epoch - 1 + number / len(batches)) / WARMUP_EPOCHS
             run.optimizer.param_groups[0]["lr"] = args.lr * warm
         totals += train_one_batch(run, batch)
-        update_average(run, steps=(epoch - 1) * len(batches) + number)
+        if number % AVERAGE_EVERY == 0 or number == len(batches):
+            n = (number - 1) % AVERAGE_EVERY + 1  # steps since the last time
+            update_average(run, n, total=(epoch - 1) * len(batches) + number)
         seen += len(batch)
         if number % 20 == 0 or number == len(batches):  # each look waits for the device
             loss, accuracy = mean_over_processes(totals, seen, f"epoch {epoch}, lr {run.lr:g}")
@@ -433,11 +455,11 @@ def train_one_batch(run: Run, batch: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def update_average(run: Run, steps: int) -> None:
-    """Move the average of the weights on: at a high rate they circle around it."""
-    decay = min(run.args.ema, steps / (10 + steps))  # forgets the first steps soon
-    for average, weight in zip(run.average.parameters(), run.net.parameters(), strict=True):
-        average.lerp_(weight, 1 - decay)
+def update_average(run: Run, steps: int, total: int) -> None:
+    """Move the average of the weights on by some steps: at a high rate they circle around it."""
+    decay = min(run.args.ema, total / (10 + total)) ** steps  # forgets the first steps soon
+    averages, weights = list(run.average.parameters()), list(run.net.parameters())
+    torch._foreach_lerp_(averages, weights, 1 - decay)
 
 
 def evaluate(run: Run, net: AlexNet, ten_views: bool = False) -> tuple[float, float]:
@@ -445,9 +467,9 @@ def evaluate(run: Run, net: AlexNet, ten_views: bool = False) -> tuple[float, fl
     photos, totals = run.val_set, torch.zeros(2, device=run.device)
     batches = torch.arange(len(photos))[RANK::WORLD_SIZE].split(64)
     for batch in tqdm(batches, desc="evaluating", leave=False, disable=NO_BAR):
-        images = alexnet.to_float(torch.from_numpy(photos.pixels[batch.numpy()]).to(run.device))
-        labels = photos.labels[batch].to(run.device)
+        pixels, labels = photos.take(batch, run.device)
         with run.autocast:
+            images = alexnet.to_float(pixels)
             probabilities = alexnet.predict_probabilities(net, images, ten_views)
         losses = F.nll_loss(probabilities.clamp(min=1e-12).log(), labels, reduction="none")
         weights = run.class_weights[labels]
@@ -464,17 +486,21 @@ def is_on_plateau(run: Run) -> bool:
     return lowest >= 0.98 * entropy and highest <= max(run.shares) + 1e-6 < 1
 
 
-# ------------------------------------------------------------------------------- files
-def save(run: Run, is_best: bool) -> None:
-    """Write what an epoch has changed; a run killed before last.pt is written repeats the epoch."""
-    output, labels = run.args.output, run.train_set.classes
-    if is_best:
-        write_json(output / "class_idx.json", {str(i): label for i, label in enumerate(labels)})
+# ----- files
+def save(run: Run) -> None:
+    """Write what has changed; a run killed before last.pt is written repeats these epochs."""
+    output, labels, start = run.args.output, run.train_set.classes, time.perf_counter()
+    if run.unsaved:
+        with replacing(output / "class_idx.json") as file:
+            file.write(json.dumps(dict(enumerate(labels)), indent=1).encode())
         with replacing(output / "AlexNet.pth") as file:
-            torch.save(run.average.state_dict(), file)
+            torch.save(run.unsaved, file)
+        run.unsaved = None
     with replacing(output / "last.pt") as file:
         torch.save(run.state_dict(), file)
     write_history(run)
+    now = time.perf_counter()
+    run.next_save = now + SAVE_PAUSE * (now - start)
 
 
 def write_history(run: Run) -> None:
@@ -486,12 +512,6 @@ def write_history(run: Run) -> None:
             draw_curves(run.history, max(run.shares)).savefig(file, format="png")
     except OSError as error:  # on Windows a file that another program has open
         print(f"warning: {error}", file=sys.stderr)
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-    with replacing(path) as file:
-        file.write(text.encode("utf-8", "surrogateescape"))  # odd names on disk
 
 
 def draw_curves(history: list[dict[str, float]], largest_share: float) -> Figure:
@@ -521,7 +541,8 @@ def report(run: Run) -> None:
     """Evaluate what is in AlexNet.pth by both kinds of views; write run.json and kernels.png."""
     weights = run.args.output / "AlexNet.pth"
     if not RANK and run.best == NO_SCORE:  # AlexNet.pth was lost, and no epoch was left
-        save(run, is_best=True)
+        run.unsaved = run.average.state_dict()
+        save(run)
     wait_for_others()
     net = best_network(run)
     center, ten = (evaluate(run, net, ten_views)[1] for ten_views in (False, True))
@@ -531,8 +552,7 @@ def report(run: Run) -> None:
     # The paper's figure 3: the 96 kernels of conv1, 16 a row; the upper 48 are those of one GPU.
     kernels = F.interpolate(net.features[1].weight, scale_factor=5.0)  # 55 pixels a side
     with replacing(weights.with_name("kernels.png")) as file:
-        look = {"nrow": 16, "padding": 5, "pad_value": 1, "normalize": True}  # all on one scale
-        save_image(kernels, file, format="png", **look)
+        save_image(kernels, file, format="png", nrow=16, padding=5, pad_value=1, normalize=True)
     facts = {
         "options": run.options,
         "photos": {"train": run.train_set.counts(), "val": run.val_set.counts()},
@@ -541,7 +561,8 @@ def report(run: Run) -> None:
         "val_accuracy": {"center-crop": center, "ten-crop": ten},
         "hardware": run.hardware,
     }
-    write_json(weights.with_name("run.json"), facts)
+    with replacing(weights.with_name("run.json")) as file:
+        file.write(json.dumps(facts, indent=1).encode())
     print(f"{weights}: accuracy on val {center:.4f} by center-crop, {ten:.4f} by ten-crop")
     print(f"now classify a photo: python predict.py PHOTO --weights {weights}")
 
@@ -568,8 +589,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
         option, text = f"--{name.replace('_', '-')}", f"{text} (default: {default}) [{paper}]"
         add(option, type=type(default), default=SUPPRESS, help=text)
     args = parser.parse_args(argv)
-    names = ("recipe", "init", *OPTIONS)
-    args.given = {name: x for name, x in vars(args).items() if name in names}
+    args.given = {name: x for name, x in vars(args).items() if name in KEPT}
     limits = {name: values[2:4] for name, values in OPTIONS.items()}
     limits |= {"epochs": (1, 2**20), "accumulate": (1, 2**20)}
     for name, (least, most) in limits.items():
@@ -578,7 +598,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
     return args
 
 
-# ------------------------------------------------- several processes, a card each, by torchrun
+# ----- several processes, a card each, by torchrun
 # Each takes every WORLD_SIZE-th photo of all batches; process 0 alone writes and prints.
 
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))

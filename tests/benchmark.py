@@ -88,11 +88,13 @@ def our_batches(data: Path, precision: str, batch_size: int) -> tuple[Callable[[
         return batch
 
     train.make_batch = timed
-    batches = iter(torch.arange(len(run.train_set)).repeat(50).split(batch_size))
+    batches = enumerate(torch.arange(len(run.train_set)).repeat(50).split(batch_size))
 
     def step() -> None:
-        totals = train.train_one_batch(run, next(batches))
-        train.update_average(run, steps=1000)
+        number, batch = next(batches)
+        totals = train.train_one_batch(run, batch)
+        if number % train.AVERAGE_EVERY == 0:
+            train.update_average(run, train.AVERAGE_EVERY, total=1000)
         totals.tolist()
 
     return step, seconds

@@ -41,6 +41,7 @@ class NarrowLinear(nn.Linear):
 def narrow() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(nn, "Linear", NarrowLinear)
+        patch.setattr(train, "SAVE_PAUSE", 0)  # after every epoch
         yield
 
 
@@ -86,7 +87,8 @@ def open_photos(data: Path, output: Path) -> tuple[Photos, Photos]:
 def photos_of(pixels: np.ndarray, labels: Tensor, n_classes: int) -> Photos:
     """Photos that lie in no folder."""
     photos = Photos.__new__(Photos)
-    photos.pixels, photos.labels, photos.classes = pixels, labels, [*map(str, range(n_classes))]
+    photos.pixels, photos.labels = torch.as_tensor(np.array(pixels)), labels
+    photos.classes = [*map(str, range(n_classes))]
     photos.digest, photos.broken = "", 0
     return photos
 
@@ -356,11 +358,25 @@ def test_steps_are_those_of_the_paper(run):
 
 def test_the_average_of_the_weights_is_that_of_the_formula(run):
     bias, average = run.net.classifier[6].bias, run.average.classifier[6].bias
-    for ema, steps, decay in ((0.5, 1, 1 / 11), (0.5, 2, 2 / 12), (0.5, 999, 0.5), (0.0, 9, 0.0)):
+    for ema, steps, total, decay in (
+        *((0.5, 1, 1, 1 / 11), (0.5, 2, 2, (2 / 12) ** 2), (0.5, 4, 999, 0.5**4), (0.0, 9, 9, 0.0)),
+    ):
         expected = decay * average + (1 - decay) * nn.init.normal_(bias).detach()
         run.args.ema = ema
-        train.update_average(run, steps)
+        train.update_average(run, steps, total)
         torch.testing.assert_close(average, expected)
+
+
+def test_the_average_is_up_to_date_at_the_end_of_an_epoch(few, tmp_path, monkeypatch):
+    run, moved = new_run(few, tmp_path, "--batch-size", "1"), []
+    monkeypatch.setattr(train, "AVERAGE_EVERY", 4)
+    monkeypatch.setattr(train, "train_one_batch", lambda run, batch: torch.zeros(2))
+    monkeypatch.setattr(
+        train, "update_average", lambda run, steps, total: moved.append((steps, total))
+    )
+    for epoch in (1, 2):
+        train.train_one_epoch(run, epoch)
+    assert moved == [(4, 4), (2, 6), (4, 10), (2, 12)]
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
@@ -379,7 +395,7 @@ def test_a_step_in_half_precision_goes_where_float32_goes(few, tmp_path, run, pr
 
 def test_evaluation_equals_the_mean_over_the_central_views(run):
     photos = run.train_set.pixels[:5]
-    views = torch.from_numpy(photos[:, 16:240, 16:240].copy()).permute(0, 3, 1, 2) / 255
+    views = photos[:, 16:240, 16:240].permute(0, 3, 1, 2) / 255
     logits = run.average(views)
     labels = logits.argmax(1) ^ torch.tensor([0, 0, 0, 1, 1])  # three of five answers are right
     run.val_set = photos_of(photos, labels, 2)
@@ -499,6 +515,44 @@ def test_resuming_goes_on_without_the_best_weights(two, few, tmp_path, capsys, k
     assert len(history_of(output)) == int(epochs)
     average = alexnet.load_tensors(output / "last.pt")["average"]
     assert same(dict(alexnet.load_network(weights).state_dict()), dict(average))
+
+
+def test_saving_takes_a_tenth_of_the_time_at_most(few, tmp_path, monkeypatch):
+    """The best weights wait in memory, and all is written at the end."""
+    monkeypatch.setattr(train, "SAVE_PAUSE", 1e9)
+    results = [
+        (0.6, 0.2),
+        (0.6, 0.9),
+        (0.6, 0.8),
+        *[(0.6, 0.9)] * 2,
+    ]  # of epochs, then of both views
+    averages, written = [], []
+
+    def evaluate(run: train.Run, net: nn.Module, ten_views: bool = False) -> tuple[float, float]:
+        averages.append({name: x.clone() for name, x in net.state_dict().items()})
+        written.append({path.name for path in tmp_path.iterdir()})
+        return results[len(averages) - 1]
+
+    monkeypatch.setattr(train, "evaluate", evaluate)
+    run_train(few, tmp_path, "--epochs", "3")
+    assert same(torch.load(tmp_path / "AlexNet.pth"), averages[1])
+    first = FILES - {"run.json", "kernels.png"}
+    assert written == [set(), first, first, first, first]
+    assert len(torch.load(tmp_path / "last.pt")["history"]) == len(history_of(tmp_path)) == 3
+
+
+@pytest.mark.parametrize(
+    "free, fraction, fits", [(5000, 1, True), (3999, 1, False), (5000, 0.3, False)]
+)
+def test_pixels_lie_on_a_card_that_has_room(monkeypatch, free, fraction, fits):
+    photos = photos_of(np.zeros((10, 10, 10, 1), np.uint8), torch.zeros(10).long(), 1)
+    memory, share = Mock(return_value=(free, 10_000)), Mock(return_value=fraction)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", memory)
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", share)
+    moved = Mock()
+    monkeypatch.setattr(Tensor, "to", lambda x, device: moved)
+    photos.move_to(torch.device("cuda"))
+    assert (photos.pixels is moved) == fits
 
 
 def test_overwriting_keeps_a_run_until_an_epoch_is_whole(two, few, tmp_path, monkeypatch, capsys):
