@@ -1,7 +1,5 @@
 """AlexNet (Krizhevsky, Sutskever, Hinton 2012), and what the other three scripts share.
 
-    python alexnet.py       # prints the layers at 1000 classes, and the number of parameters
-
 Section numbers are those of the paper, "ImageNet Classification with Deep Convolutional Neural
 Networks".
 """
@@ -91,8 +89,12 @@ class LocalResponseNorm(nn.Module):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        # In eval mode plain operations, which can be exported.
-        return NormalizeFunction.apply(x) if self.training else normalize(x)
+        if not self.training:  # plain operations, which can be exported
+            return normalize(x)
+        if x.device.type != "cpu":
+            return NormalizeFunction.apply(x)
+        # Sixteen photos at a time, for the sake of seven temporary tensors in the backward pass.
+        return torch.cat([NormalizeFunction.apply(part) for part in x.split(16)])
 
 
 class AlexNet(nn.Module):
@@ -342,6 +344,20 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def pick_precision(name: str, device: torch.device) -> torch.dtype:
+    """The type of the matrix products: half as wide as float32 where the hardware has it."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
+        major, _ = torch.cuda.get_device_capability(device)
+        if major == 7:  # Volta and Turing
+            return torch.float16
+        return torch.bfloat16 if major >= 8 else torch.float32
+    has = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    has_bfloat16 = any(has.get(kind) for kind in ("avx512_bf16", "amx_bf16", "bf16"))
+    return torch.bfloat16 if has_bfloat16 else torch.float32
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file to write to that takes the place of `path` once it is whole, and no sooner."""
@@ -405,8 +421,3 @@ def load_classes(weights: Path, n: int) -> list[str]:
     if len(classes) != n:
         raise InputError(f"{path} of train.py does not name the {n} classes that {weights} knows")
     return classes
-
-
-if __name__ == "__main__":
-    network = AlexNet()
-    print(f"{network}\n{sum(p.numel() for p in network.parameters()):,} parameters")

@@ -322,7 +322,7 @@ class Run:
         for parameter in self.net.parameters():  # else unset, if the scaler skips the first step
             self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         self.scheduler = ReduceLROnPlateau(self.optimizer, patience=args.patience, eps=0)
-        precision = pick_precision(args.precision, device)
+        precision = alexnet.pick_precision(args.precision, device)
         self.autocast = torch.autocast(device.type, precision, enabled=precision != torch.float32)
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
@@ -347,25 +347,12 @@ def score(row: dict[str, float]) -> tuple[float, float]:
     return row["val_accuracy"], -row["val_loss"]
 
 
-def pick_precision(name: str, device: torch.device) -> torch.dtype:
-    """The type of the matrix products: half as wide as float32 where the hardware has it."""
-    if name != "auto":
-        return getattr(torch, name)
-    if device.type == "cuda":
-        major, _ = torch.cuda.get_device_capability(device)
-        if major == 7:  # Volta and Turing
-            return torch.float16
-        return torch.bfloat16 if major >= 8 else torch.float32
-    has = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-    has_bfloat16 = any(has.get(kind) for kind in ("avx512_bf16", "amx_bf16", "bf16"))
-    return torch.bfloat16 if has_bfloat16 else torch.float32
-
-
 def resume(run: Run, checkpoint: dict[str, Any]) -> None:
     """Set a new run to where last.pt left it; the best so far are the weights in AlexNet.pth."""
     last = run.args.output / "last.pt"
     if checkpoint.get("photos") != run.train_set.digest:
-        raise InputError(f"{last} is of a run on other photos than {run.args.data}'s; give its own")
+        way = "put its own back, or start anew by --overwrite"
+        raise InputError(f"{last} is of a run on other photos than {run.args.data}'s; {way}")
     try:
         for name in run.PARTS:
             if checkpoint[name]:  # empty: of a scaler that was off

@@ -187,9 +187,9 @@ def measure_lrn(ours: bool) -> dict[str, float]:
 def measure_products(precision: str) -> dict[str, float]:
     """GFLOP/s of the product of two large square matrices."""
 
-    import train
+    import alexnet
 
-    dtype = train.pick_precision(precision, torch.device("cpu"))
+    dtype = alexnet.pick_precision(precision, torch.device("cpu"))
     a = torch.randn(4096, 4096).to(dtype)
     a @ a
     start = time.perf_counter()
@@ -281,7 +281,7 @@ def print_table(found: dict[str, dict[str, float]], precisions: list[str]) -> No
 
 
 def main(argv: list[str] | None = None) -> int:
-    import train
+    import alexnet
 
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -293,7 +293,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.work:
         print(json.dumps(work(args.work, args.data)))
         return 0
-    native = train.pick_precision("auto", torch.device("cpu"))
+    native = alexnet.pick_precision("auto", torch.device("cpu"))
     precisions = ["bfloat16", "float32"] if native == torch.bfloat16 else ["float32"]
     names = ["stock speed", "kept speed", "stock lrn", "stock memory", "stock start"]
     names += [f"{p} {what}" for p in precisions for what in ("speed", "memory", "products")]

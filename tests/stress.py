@@ -39,6 +39,7 @@ import predict  # noqa: E402
 import split_data  # noqa: E402
 import train  # noqa: E402
 
+train.SAVE_PAUSE = 0  # all is saved behind every epoch
 FORKS = multiprocessing.get_context("forkserver")  # importing torch takes seconds
 FORKS.set_forkserver_preload(["stress"])
 Result = tuple[int, str]  # exit status (-9: killed) and stderr

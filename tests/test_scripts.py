@@ -67,12 +67,6 @@ def test_help_names_every_option():
         assert f"python {script}" in result.stdout
 
 
-def test_alexnet_prints_its_layers_and_parameters(tmp_path):
-    result = run(ROOT / "alexnet.py", cwd=tmp_path)
-    assert result.returncode == 0 and result.stdout.count("LocalResponseNorm()") == 2
-    assert result.stdout.endswith("60,965,224 parameters\n")
-
-
 def test_importing_a_script_runs_nothing_and_predict_starts_without_torchvision(tmp_path):
     code = "import sys, {0}; print('torchvision' in sys.modules)"
     for module in ("split_data", "alexnet", "predict"):

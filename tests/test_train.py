@@ -662,9 +662,9 @@ def test_the_precision_is_half_where_the_hardware_has_it(monkeypatch):
     kinds = {(6, 1): torch.float32, (7, 0): torch.float16, (7, 5): torch.float16}
     for capability, expected in (kinds | {(8, 0): torch.bfloat16}).items():
         monkeypatch.setattr(torch.cuda, "get_device_capability", Mock(return_value=capability))
-        assert train.pick_precision("auto", torch.device("cuda")) == expected
+        assert alexnet.pick_precision("auto", torch.device("cuda")) == expected
     for name, expected in (("avx512_bf16", torch.bfloat16), ("avx2", torch.float32)):
         able = Mock(return_value={"amx_bf16": False, name: True})
         monkeypatch.setattr(torch.cpu, "get_capabilities", able, raising=False)
-        assert train.pick_precision("auto", CPU) == expected
-        assert train.pick_precision("float32", CPU) == torch.float32
+        assert alexnet.pick_precision("auto", CPU) == expected
+        assert alexnet.pick_precision("float32", CPU) == torch.float32
