@@ -24,6 +24,7 @@ import os
 import platform
 import sys
 import time
+import warnings
 from argparse import SUPPRESS, ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from datetime import timedelta
 from pathlib import Path
@@ -62,9 +63,9 @@ WARMUP_EPOCHS = 3  # the learning rate rises to --lr over these
 MAX_LR_DROPS = 3  # section 5: by 10 each, when the validation error stalls; a fourth ends the run
 AVERAGE_EVERY = 8  # steps; every one would take 3 to 10 % of the time on a CPU
 KEPT = ("recipe", "init", *OPTIONS)
-STUCK_EPOCHS = 6  # after as many on the starting plateau a hint is printed
 SAVE_PAUSE = 9  # times as long as the last saving took, or longer: a card's epoch is a second
 NO_SCORE = (-1.0, -math.inf)  # lower than that of any epoch
+warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # nor written
 NAMES = "epoch lr train_loss train_accuracy val_loss val_accuracy seconds images_per_second".split()
 
 
@@ -120,7 +121,7 @@ def train(args: Namespace) -> None:
             save(run)
         line = "{:5} {:8.2g}   {:10.4f}  {:8.4f}   {:8.4f}  {:8.4f}   {:7.1f}  {:8.1f}"
         print(line.format(*values) + ("  best" if is_best else ""), flush=True)
-        if epoch == STUCK_EPOCHS and is_on_plateau(run):
+        if epoch == 2 * WARMUP_EPOCHS and is_on_plateau(run):
             print(f"hint: nothing is learnt yet; try --lr {args.lr / 3:.2g} or --batch-size 16")
     if len(run.history) < args.epochs:
         print("ended: the val loss no longer falls")
@@ -140,10 +141,9 @@ def open_checkpoint(args: Namespace) -> dict[str, Any] | None:
     last, best = args.output / "last.pt", args.output / "AlexNet.pth"
     if not args.resume:
         ways = "--overwrite replaces it, another --output leaves it alone"
-        if not args.overwrite and last.exists():
-            raise InputError(f"{last} is an earlier run's: --resume goes on with it, {ways}")
-        if not args.overwrite and best.exists():
-            raise InputError(f"{best} is an earlier run's, whose last.pt is gone: {ways}")
+        for path, way in ((last, "--resume goes on with it, "), (best, "its last.pt is gone; ")):
+            if path.exists() and not args.overwrite:
+                raise InputError(f"{path} is an earlier run's: {way}{ways}")
         recipe = args.given.get("recipe", "default")
         column = ("default", "paper").index(recipe)
         options = {name: values[column] for name, values in OPTIONS.items()}
@@ -171,9 +171,7 @@ class Photos:
 
     def __init__(self, folder: Path, output: Path, classes: list[str] | None = None) -> None:
         if not folder.is_dir():
-            way = "split_data.py makes it, or give another --data"
-            if (train := folder.with_name("train")).is_dir():
-                way = f"`python split_data.py --source {train} --output NEW` draws one from train"
+            way = "split_data.py makes it, from train's photos, too; or give another --data"
             raise InputError(f"there is no folder {folder}: {way}")
         names = alexnet.list_photos(folder)
         files, labels = [folder / name for name in names], [*map(alexnet.class_of, names)]
@@ -197,8 +195,8 @@ class Photos:
             path = output / path.name
         # How many cannot be read; if none, pixels are uint8 (N, 256, 256, 3).
         self.broken = 0 if path.exists() else write_pixels(path, files)
-        if not self.broken:
-            self.pixels = torch.from_numpy(np.load(path, mmap_mode="c"))  # torch warns of "r"
+        if not self.broken:  # "r": what may be changed in memory has to fit there
+            self.pixels = torch.from_numpy(np.load(path, mmap_mode="r"))
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -459,8 +457,8 @@ def evaluate(run: Run, net: AlexNet, ten_views: bool = False) -> tuple[float, fl
             images = alexnet.to_float(pixels)
             probabilities = alexnet.predict_probabilities(net, images, ten_views)
         losses = F.nll_loss(probabilities.clamp(min=1e-12).log(), labels, reduction="none")
-        weights = run.class_weights[labels]
-        totals += torch.stack([losses, (probabilities.argmax(1) == labels)]) @ weights
+        found = torch.stack([losses, (probabilities.argmax(1) == labels)])
+        totals += (found * run.class_weights[labels]).sum(1)
     return mean_over_processes(totals, len(photos), "validation")
 
 
@@ -486,8 +484,7 @@ def save(run: Run) -> None:
     with replacing(output / "last.pt") as file:
         torch.save(run.state_dict(), file)
     write_history(run)
-    now = time.perf_counter()
-    run.next_save = now + SAVE_PAUSE * (now - start)
+    run.next_save = time.perf_counter() + SAVE_PAUSE * (time.perf_counter() - start)
 
 
 def write_history(run: Run) -> None:
