@@ -213,7 +213,7 @@ def list_photos(folder: Path) -> list[str]:
 
 
 def class_of(name: str) -> str:
-    """The class of CLASS/.../NAME, composed: macOS may give é as two characters."""
+    """The class of CLASS/.../NAME or CLASS, composed: macOS may give é as two characters."""
     return unicodedata.normalize("NFC", name.split("/")[0])
 
 

@@ -17,7 +17,7 @@ import torchvision.transforms.v2.functional as TF
 from benchmark import stock_alexnet
 from conftest import full_disk
 from draw_flowers import draw_flower
-from PIL import Image
+from PIL import Image, features
 from torch import Tensor, nn
 
 import alexnet
@@ -216,6 +216,14 @@ def test_what_is_no_picture_is_refused_in_a_sentence(tmp_path, monkeypatch):
         with pytest.raises(InputError, match=rf"^{re.escape(str(path))}: [^\n]+$") as caught:
             read_image(path)
         assert ("too large" in str(caught.value)) == (path.name in ("bomb.jpg", "cut.jpg"))
+
+
+@pytest.mark.parametrize("kind", alexnet.FORMATS)
+def test_the_content_of_a_file_tells_its_format(tmp_path, kind):
+    if kind == "AVIF" and not features.check("avif"):
+        pytest.skip("this Pillow cannot write it")
+    Image.new("RGB", (20, 10), (200, 30, 40)).save(tmp_path / "x.jpg", format=kind)
+    assert np.allclose(alexnet.read_square(tmp_path / "x.jpg", 8), (200, 30, 40), atol=5)
 
 
 def test_the_central_square_is_what_cropping_and_resizing_give(tmp_path):
