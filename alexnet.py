@@ -419,5 +419,7 @@ def load_classes(weights: Path, n: int) -> list[str]:
     except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
         classes = []
     if len(classes) != n:
-        raise InputError(f"{path} of train.py does not name the {n} classes that {weights} knows")
+        raise InputError(
+            f"{path} does not name the {n} classes of {weights}; restore train.py's own"
+        )
     return classes

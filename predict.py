@@ -196,8 +196,8 @@ def draw_answers(answers: list[Answer]) -> Figure:
     columns = 1 if n_similar else min(3, math.ceil(math.sqrt(len(answers))))
     rows = math.ceil(len(answers) / columns)
     widths = [1, 1.25, *[1] * n_similar] * columns
-    figure = pyplot.figure(layout="constrained")
-    figure.set_size_inches(max(2.2 * sum(widths), 7), 2.4 * rows)
+    size = (max(2.2 * sum(widths), 7), 2.4 * rows)  # inches
+    figure = pyplot.figure(figsize=size, layout="constrained")
     axes = figure.subplots(rows, len(widths), squeeze=False, width_ratios=widths)
     places = axes.reshape(rows * columns, -1)  # one for each answer
     for axis in axes.flat:
@@ -236,9 +236,8 @@ def draw_confusion(answers: list[Answer], classes: list[str]) -> Figure:
         if "true_class" in answer:
             counts[classes.index(answer["true_class"]), classes.index(answer["class"])] += 1
     totals, right = counts.sum(1), np.trace(counts)
-    figure = pyplot.figure(layout="constrained")
     side = min(0.5 * len(classes), 40)  # inches
-    figure.set_size_inches(side + 3.5, side + 2.5)
+    figure = pyplot.figure(figsize=(side + 3.5, side + 2.5), layout="constrained")
     axis = figure.subplots()
     shares = counts / totals.clip(1)[:, None]
     axis.imshow(shares**0.5, "Blues", vmin=0, vmax=1)  # the root lets rare mistakes be seen

@@ -141,7 +141,7 @@ def open_checkpoint(args: Namespace) -> dict[str, Any] | None:
     last, best = args.output / "last.pt", args.output / "AlexNet.pth"
     if not args.resume:
         ways = "--overwrite replaces it, another --output leaves it alone"
-        for path, way in ((last, "--resume goes on with it, "), (best, "its last.pt is gone; ")):
+        for path, way in ((last, "--resume goes on with it, "), (best, "its last.pt is gone, ")):
             if path.exists() and not args.overwrite:
                 raise InputError(f"{path} is an earlier run's: {way}{ways}")
         recipe = args.given.get("recipe", "default")
@@ -177,9 +177,13 @@ class Photos:
         files, labels = [folder / name for name in names], [*map(alexnet.class_of, names)]
         self.classes = classes or sorted(set(labels))
         if len(self.classes) < 2 or not files:
-            raise InputError(f"{folder} has photos of {len(set(labels))} classes: too few")
+            n = len(set(labels))
+            raise InputError(
+                f"{folder} has photos of {n} classes; put a folder of each class there"
+            )
         if unknown := sorted(set(labels).difference(self.classes)):
-            raise InputError(f"{folder} has a class that train lacks: {', '.join(unknown)}")
+            way = "take that away, or put photos of it into train"
+            raise InputError(f"{folder} has a class that train lacks, {', '.join(unknown)}: {way}")
         if lacking := sorted(set(self.classes).difference(labels)):
             print(f"{folder} has no photos of {', '.join(lacking)}")
         index = {label: i for i, label in enumerate(self.classes)}

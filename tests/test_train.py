@@ -192,7 +192,7 @@ def test_data_that_cannot_be_trained_on(tmp_path, capsys):
     assert "3 photos" in message and all(str(path) in printed for path in broken)
     assert len([*tmp_path.rglob("*.npy*")]) == 1  # that of train while its photos were whole
     draw_photos(sides[1], {"c": 1})
-    assert "a class that train lacks: c" in refusal(data, tmp_path)
+    assert "a class that train lacks, c:" in refusal(data, tmp_path)
 
 
 def test_a_crop_equals_brute_force():
