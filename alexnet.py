@@ -93,8 +93,8 @@ class LocalResponseNorm(nn.Module):
             return normalize(x)
         if x.device.type != "cpu":
             return NormalizeFunction.apply(x)
-        # Sixteen photos at a time, for the sake of seven temporary tensors in the backward pass.
-        return torch.cat([NormalizeFunction.apply(part) for part in x.split(16)])
+        # Four photos at a time, for the sake of seven temporary tensors in the backward pass.
+        return torch.cat([NormalizeFunction.apply(part) for part in x.split(4)])
 
 
 class AlexNet(nn.Module):
