@@ -5,6 +5,7 @@ Networks".
 """
 
 import contextlib
+import ctypes
 import functools
 import glob
 import io
@@ -356,6 +357,14 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
     has = torch.cpu.get_capabilities() if device.type == "cpu" else {}
     has_bfloat16 = any(has.get(kind) for kind in ("avx512_bf16", "amx_bf16", "bf16"))
     return torch.bfloat16 if has_bfloat16 else torch.float32
+
+
+def keep_large_blocks() -> None:
+    """Have glibc keep the memory of large tensors: mapping it anew takes a tenth of a CPU step."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: no block is mapped on its own
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: 2 GB may lie free
 
 
 @contextlib.contextmanager

@@ -15,7 +15,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import copy
-import ctypes
 import hashlib
 import itertools
 import json
@@ -78,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def train(args: Namespace) -> None:
-    keep_large_blocks()
+    alexnet.keep_large_blocks()
     connect_processes(args.device)
     checkpoint = open_checkpoint(args)
     if RANK:
@@ -126,14 +125,6 @@ def train(args: Namespace) -> None:
     if len(run.history) < args.epochs:
         print("ended: the val loss no longer falls")
     report(run)
-
-
-def keep_large_blocks() -> None:
-    """Have glibc keep the memory of large tensors: mapping it anew takes a tenth of a CPU step."""
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-4, 0)  # M_MMAP_MAX: no block is mapped on its own
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: 2 GB may lie free
 
 
 def open_checkpoint(args: Namespace) -> dict[str, Any] | None:

@@ -70,9 +70,10 @@ def memory_mib(name: str) -> float:
 def our_batches(data: Path, precision: str, batch_size: int) -> tuple[Callable[[], None], list]:
     """A function that trains on one batch, and the list it adds the seconds of input to."""
 
+    import alexnet
     import train
 
-    train.keep_large_blocks()
+    alexnet.keep_large_blocks()
     argv = ["--data", str(data), "--output", str(data / "run"), "--batch-size", str(batch_size)]
     args = train.parse_args([*argv, "--precision", precision])
     train.open_checkpoint(args)
@@ -164,10 +165,9 @@ def measure_memory(batches: tuple[Callable[[], None], list]) -> dict[str, float]
 def measure_lrn(ours: bool) -> dict[str, float]:
 
     import alexnet
-    import train
 
     if ours:
-        train.keep_large_blocks()
+        alexnet.keep_large_blocks()
     stock = torch.nn.LocalResponseNorm(5, 5e-4, 0.75, 2.0)
     norm = alexnet.LocalResponseNorm() if ours else stock
     layout = torch.channels_last if ours else torch.contiguous_format
