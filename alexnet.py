@@ -354,7 +354,8 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
         if major == 7:  # Volta and Turing
             return torch.float16
         return torch.bfloat16 if major >= 8 else torch.float32
-    has = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    tell = getattr(torch.cpu, "get_capabilities", dict)  # torch 2.10 has none, and takes float32
+    has = tell() if device.type == "cpu" else {}
     has_bfloat16 = any(has.get(kind) for kind in ("avx512_bf16", "amx_bf16", "bf16"))
     return torch.bfloat16 if has_bfloat16 else torch.float32
 

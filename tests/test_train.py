@@ -685,3 +685,5 @@ def test_the_precision_is_half_where_the_hardware_has_it(monkeypatch):
         monkeypatch.setattr(torch.cpu, "get_capabilities", able, raising=False)
         assert alexnet.pick_precision("auto", CPU) == expected
         assert alexnet.pick_precision("float32", CPU) == torch.float32
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert alexnet.pick_precision("auto", CPU) == torch.float32
