@@ -31,11 +31,11 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 IMAGE_SIZE = 256  # pixels a side of every stored photo (section 2)
-VAL_FOLDERS = ("val", "valid", "validation")  # beside `train`, as sets are called that come split
 CROP_SIZE = 224  # pixels a side of what the network sees (section 4.1)
+VAL_FOLDERS = ("val", "valid", "validation")  # names beside `train` in sets that come split
 READER = 3  # a new number wherever read_square gives other pixels: train.py decodes anew
 SUFFIXES = "jpg jpeg jpe jfif jfi jif pjpeg png bmp gif tif tiff webp avif ppm pgm".split()
-FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM", "AVIF")  # EPS runs a program
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM", "AVIF")  # EPS would run a program
 
 warnings.filterwarnings("ignore", module="PIL")  # a file is read, or one line says why not
 
@@ -190,20 +190,24 @@ def visible_files(folder: Path) -> list[Path]:
     return sorted(files, key=Path.as_posix)  # paths themselves sort without case on Windows
 
 
+def is_picture(path: Path) -> bool:
+    return path.suffix[1:].lower() in SUFFIXES
+
+
 def image_files(folder: Path) -> list[Path]:
-    """The pictures among them, by their suffixes."""
-    return [path for path in visible_files(folder) if path.suffix[1:].lower() in SUFFIXES]
+    return list(filter(is_picture, visible_files(folder)))
 
 
 def list_photos(folder: Path) -> list[str]:
     """The photos in the class folders of `folder`, as CLASS/.../NAME; prints what else is there."""
-    photos = [path for path in image_files(folder) if path.parent != folder]
+    files = visible_files(folder)
+    photos = [path for path in files if is_picture(path) and path.parent != folder]
     names = [path.relative_to(folder).as_posix() for path in photos]
     classes = {name.split("/")[0] for name in names}
     folders = {path.name for path in folder.iterdir() if path.is_dir() and path.name[0] != "."}
     if empty := sorted(folders - classes):
         print(f"no photos in these folders of {folder.name}: {', '.join(empty)}")
-    if others := set(visible_files(folder)).difference(photos):
+    if others := set(files).difference(photos):
         counts = Counter(path.suffix or path.name for path in others)
         kinds = ", ".join(f"{n} {kind}" for kind, n in counts.most_common())
         print(f"skipped, no photos of a class, in {folder.name}: {kinds}")

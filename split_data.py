@@ -84,7 +84,7 @@ def split(args: Namespace, scratch: Path) -> None:
     source = Path(os.path.commonpath(parents or [top]))
     place = top if args.source.is_dir() else args.source.with_suffix("")
     place /= source.relative_to(top)  # where the user has it, or will once it is unpacked
-    if source != top:
+    if source != top and place.exists():  # of an archive that is no surprise
         print(f"the classes are the folders in {place}")
     photos = alexnet.list_photos(source)
     check_classes(photos, place)

@@ -1,7 +1,7 @@
 """Train AlexNet from scratch on data/train, watch it on data/val, keep the best weights.
 
     python train.py                                   # 90 epochs at most; Ctrl-C stops it
-    python train.py --resume                          # goes on after the last whole epoch
+    python train.py --resume                          # goes on after the epoch saved last
     python train.py --data my_data --output my_run --epochs 30 --batch-size 128
     torchrun --nproc-per-node 4 train.py --batch-size 128     # on four cards
 
@@ -43,7 +43,7 @@ from tqdm import tqdm
 import alexnet
 from alexnet import CROP_SIZE, IMAGE_SIZE, AlexNet, InputError, replacing
 
-# What a run keeps when it is resumed: {option: (default, the paper's, least, most, meaning)}.
+# {option: (default, the paper's, least, most, meaning)}
 OPTIONS = {
     "batch_size": (32, 128, 1, 2**20, "photos a step, of all processes together"),
     "lr": (0.01, 0.01, 1e-12, 1e9, "learning rate of SGD"),
@@ -58,14 +58,15 @@ OPTIONS = {
     "groups": (2, 2, 1, 2, "2: as on the paper's two GPUs; 1: merged, for 1.4 times the time"),
     "seed": (0, 0, 0, 2**32, "of weights, order, crops and dropout"),
 }
+KEPT = ("recipe", "init", *OPTIONS)  # with these a run is resumed
 WARMUP_EPOCHS = 3  # the learning rate rises to --lr over these
 MAX_LR_DROPS = 3  # section 5: by 10 each, when the validation error stalls; a fourth ends the run
-AVERAGE_EVERY = 8  # steps; every one would take 3 to 10 % of the time on a CPU
-KEPT = ("recipe", "init", *OPTIONS)
+AVERAGE_EVERY = 8  # steps; at every one it took 3 % of the time on a CPU
 SAVE_PAUSE = 9  # times as long as the last saving took, or longer: a card's epoch is a second
 NO_SCORE = (-1.0, -math.inf)  # lower than that of any epoch
-warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # nor written
 NAMES = "epoch lr train_loss train_accuracy val_loss val_accuracy seconds images_per_second".split()
+
+warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # nor written
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -468,7 +469,7 @@ def is_on_plateau(run: Run) -> bool:
 
 # ----- files
 def save(run: Run) -> None:
-    """Write what has changed; a run killed before last.pt is written repeats these epochs."""
+    """Write the best weights if they are new, then last.pt: a kill between repeats epochs."""
     output, labels, start = run.args.output, run.train_set.classes, time.perf_counter()
     if run.unsaved:
         with replacing(output / "class_idx.json") as file:
