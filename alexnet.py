@@ -1,12 +1,9 @@
-"""AlexNet (Krizhevsky, Sutskever, Hinton 2012), and what the other three scripts share.
-
-Section numbers are those of the paper, "ImageNet Classification with Deep Convolutional Neural
-Networks".
+"""AlexNet, and what the other three scripts share. Sections are the paper's: Krizhevsky,
+Sutskever, Hinton, ImageNet Classification with Deep Convolutional Neural Networks, 2012.
 """
 
 import contextlib
 import ctypes
-import functools
 import glob
 import io
 import json
@@ -18,7 +15,7 @@ import time
 import unicodedata
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -33,7 +30,7 @@ from tqdm import tqdm
 IMAGE_SIZE = 256  # pixels a side of every stored photo (section 2)
 CROP_SIZE = 224  # pixels a side of what the network sees (section 4.1)
 VAL_FOLDERS = ("val", "valid", "validation")  # names beside `train` in sets that come split
-READER = 3  # a new number wherever read_square gives other pixels: train.py decodes anew
+READER = 3  # counted up where read_square gives other pixels: train.py decodes anew
 SUFFIXES = "jpg jpeg jpe jfif jfi jif pjpeg png bmp gif tif tiff webp avif ppm pgm".split()
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM", "AVIF")  # EPS would run a program
 
@@ -48,7 +45,7 @@ def normalize(x: Tensor) -> Tensor:
 
 
 def denominator(x: Tensor) -> Tensor:
-    """d; alpha is 0.01^2, and the square of 300 would be infinite in float16."""
+    """d; alpha is 0.01^2, for in float16 the square of 300 is infinite."""
     return sum_over_neighbors((0.01 * x).square(), 2.0)
 
 
@@ -61,8 +58,7 @@ def sum_over_neighbors(x: Tensor, start: float = 0.0) -> Tensor:
 class NormalizeFunction(torch.autograd.Function):
     """`normalize`, which keeps x alone for its gradient, where autograd would keep five tensors.
 
-    The gradient of x is g * d^-0.75 - 1.5e-4 * x * (the sum of g * x * d^-1.75 over the
-    neighbours), where g is that of y.
+    From g, that of y: g * d^-0.75 - 1.5e-4 * x * the sum over the neighbours of g * x * d^-1.75.
     """
 
     @staticmethod
@@ -84,9 +80,8 @@ class NormalizeFunction(torch.autograd.Function):
 
 
 class LocalResponseNorm(nn.Module):
-    """Local response normalisation as printed (section 3.3): k = 2, n = 5, alpha = 1e-4, beta 0.75.
-
-    torch.nn.LocalResponseNorm(5, alpha=5e-4, beta=0.75, k=2) gives the same at many times the cost.
+    """Section 3.3 as printed, k = 2, n = 5, alpha = 1e-4, beta = 0.75: what
+    torch.nn.LocalResponseNorm(5, alpha=5e-4, beta=0.75, k=2) gives at many times the cost.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -94,7 +89,7 @@ class LocalResponseNorm(nn.Module):
             return normalize(x)
         if x.device.type != "cpu":
             return NormalizeFunction.apply(x)
-        # Four photos at a time, for the sake of seven temporary tensors in the backward pass.
+        # Four photos at a time: the backward pass makes seven temporary tensors.
         return torch.cat([NormalizeFunction.apply(part) for part in x.split(4)])
 
 
@@ -102,8 +97,8 @@ class AlexNet(nn.Module):
     """The eight layers of the paper: five convolutional, three fully connected (section 3).
 
     Input: float images in 0..1, (N, 3, 224, 224); output: logits, (N, num_classes). The network
-    normalises its input itself, with the buffers `mean` and `std` that training measures: they
-    are stored with the weights, so training and prediction cannot disagree.
+    normalises its input by the buffers `mean` and `std`, which training measures and which are
+    stored with the weights, so that training and prediction cannot disagree.
 
     groups=2 is the connectivity of the paper's two GPUs (section 3.2: conv2, conv4 and conv5 see
     the maps of their own GPU alone; 60,965,224 parameters at 1000 classes); groups=1 merges the
@@ -115,8 +110,7 @@ class AlexNet(nn.Module):
         self.register_buffer("mean", torch.full((3, 1, 1), 0.5))
         self.register_buffer("std", torch.full((3, 1, 1), 0.25))
         self.features = nn.Sequential(
-            # 224 becomes 55 because the last filters of the 2012 code hang over the right and the
-            # bottom edge: three pixels of zeros there, which gives what others call 227.
+            # In the 2012 code the last filters hang over the right and bottom edges by 3 pixels.
             nn.ZeroPad2d((0, 3, 0, 3)),  #                             (N,   3, 227, 227)
             nn.Conv2d(3, 96, 11, stride=4),  #                         (N,  96,  55,  55)
             nn.ReLU(inplace=True),  # section 3.1
@@ -147,9 +141,9 @@ class AlexNet(nn.Module):
     def initialize(self, recipe: str) -> None:
         """Draw the weights that training starts from.
 
-        "default": He's rule, but N(0, 0.01) in conv1, whose kernels else keep showing noise; biases
-        0. "paper": section 5, with 0.03 in conv3 to conv5 as in the 2012 source (layers-145.cfg);
-        its biases of 1 drown normalised pixels, so `std` restores those of 0..255.
+        "default": He's rule, biases 0; conv1 N(0, 0.01), as its kernels else keep showing noise.
+        "paper": section 5, with 0.03 in conv3 to conv5 as in the 2012 source (layers-145.cfg), on
+        pixels of 0..255, which alone are not drowned by biases of 1.
         """
         layers = [layer for layer in self.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
         for layer in layers:
@@ -174,20 +168,16 @@ class AlexNet(nn.Module):
 
 
 # ----- what the network looks at
-def visible_files(folder: Path) -> list[Path]:
+def visible_files(folder: Path, above: Iterable[Path] = ()) -> list[Path]:
     """The files below a folder, sorted; links are followed, hidden names left out."""
-
-    def fail(error: OSError) -> None:  # else a folder that may not be read would pass for empty
-        raise error
-
-    files = []
-    for root, folders, names in os.walk(folder, onerror=fail, followlinks=True):
-        here = Path(root).absolute()
-        above = {path.resolve() for path in (here, *here.parents)}  # linked to, one would never end
-        inner = [name for name in folders if not name.startswith(".")]
-        folders[:] = [name for name in inner if (here / name).resolve() not in above]
-        files += [Path(root, name) for name in names if not name.startswith(".")]
-    return sorted(files, key=Path.as_posix)  # paths themselves sort without case on Windows
+    here, files = folder.resolve(), []
+    above = {*above, here, *here.parents}  # a link to one of them would never end
+    for path in folder.iterdir():
+        if path.is_dir() and path.name[0] != "." and path.resolve() not in above:
+            files += visible_files(path, above)
+        elif not path.is_dir() and path.name[0] != ".":
+            files.append(path)
+    return sorted(files, key=Path.as_posix)  # Windows sorts paths without case
 
 
 def is_picture(path: Path) -> bool:
@@ -199,7 +189,7 @@ def image_files(folder: Path) -> list[Path]:
 
 
 def list_photos(folder: Path) -> list[str]:
-    """The photos in the class folders of `folder`, as CLASS/.../NAME; prints what else is there."""
+    """The photos in `folder`, as CLASS/.../NAME; prints what else is there."""
     files = visible_files(folder)
     photos = [path for path in files if is_picture(path) and path.parent != folder]
     names = [path.relative_to(folder).as_posix() for path in photos]
@@ -229,15 +219,17 @@ def read_image(path: Path) -> Image.Image:
     try:
         with Image.open(path, formats=FORMATS) as image:
             image.load()
-            with contextlib.suppress(Exception):  # broken EXIF: the picture is whole all the same
+            with contextlib.suppress(Exception):  # the picture is whole where its EXIF is broken
                 ImageOps.exif_transpose(image, in_place=True)
             if image.mode == "F" or image.mode.startswith("I"):  # which convert() clips at 255
-                # 12 bits in a file of 16, signed values: no file tells the range of its pixels.
+                # No file tells the range of its pixels: 12 bits of 16, or signed, or any float.
                 pixels = np.asarray(image, np.float64)
                 low, high = pixels.min(), pixels.max()
                 if not math.isfinite(high - low):
                     raise ValueError("its pixels are no numbers")
-                say_once("pictures of over 8 bits are scaled from their darkest to their brightest")
+                warnings.warn(
+                    "pictures of over 8 bits are scaled from darkest to brightest", stacklevel=1
+                )
                 pixels = (pixels - low) * (255 / max(high - low, 1e-9))
                 image = Image.fromarray(pixels.round().astype(np.uint8))
             if image.has_transparency_data:
@@ -252,21 +244,16 @@ def read_image(path: Path) -> Image.Image:
         raise InputError(f"{path}: {str(error) or type(error).__name__}") from error
 
 
-@functools.cache
-def say_once(text: str) -> None:
-    tqdm.write(text, file=sys.stderr)
-
-
 def read_square(path: Path, size: int = IMAGE_SIZE) -> np.ndarray:
     """The central square of a picture, scaled to size x size (section 2): uint8 (size, size, 3)."""
     return np.asarray(ImageOps.fit(read_image(path), (size, size), Image.Resampling.BICUBIC))
 
 
 def read_squares(files: list[Path], title: str) -> Iterator[tuple[Path, np.ndarray]]:
-    """Read photos on all cores, in order, with a bar; what cannot be read is named on stderr."""
+    """Read photos on all cores, in order; what cannot be read is named on stderr."""
     bar = tqdm(total=len(files), desc=title, leave=False, disable=len(files) < 2 or None)
     with ThreadPoolExecutor(os.cpu_count()) as threads, bar:
-        for start in range(0, len(files), 256):  # no more than these wait in memory
+        for start in range(0, len(files), 256):  # at most these wait in memory
             some = files[start : start + 256]
             for path, job in [(path, threads.submit(read_square, path)) for path in some]:
                 try:
@@ -277,15 +264,12 @@ def read_squares(files: list[Path], title: str) -> Iterator[tuple[Path, np.ndarr
 
 
 def to_float(pixels: Tensor) -> Tensor:
-    """uint8 (N, H, W, 3) as float images in 0..1, (N, 3, H, W), channels last in memory."""
+    """uint8 (N, H, W, 3) as floats in 0..1, (N, 3, H, W), channels last in memory."""
     return pixels.permute(0, 3, 1, 2).float().div_(255)
 
 
 def views_of(images: Tensor, ten: bool) -> list[Tensor]:
-    """Of (N, 3, 256, 256) the central 224 x 224, or the ten views of section 4.1.
-
-    These are the centre, the four corners, and their mirror images.
-    """
+    """Of (N, 3, 256, 256) the central 224 x 224; ten: and the corners, all mirrored (4.1)."""
     views = []
     for y, x in ((16, 16), (0, 0), (0, 32), (32, 0), (32, 32))[: 5 if ten else 1]:
         views.append(images[:, :, y : y + CROP_SIZE, x : x + CROP_SIZE])
@@ -305,7 +289,7 @@ def predict_probabilities(net: AlexNet, images: Tensor, ten_views: bool) -> Tens
 
 # ----- device, files, errors
 class InputError(Exception):
-    """Something that the user can put right: the message says what is wrong and what helps."""
+    """What the user can put right: the message says what is wrong and what helps."""
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -315,9 +299,9 @@ def is_out_of_memory(error: Exception) -> bool:
 
 @contextlib.contextmanager
 def one_line_errors(out_of_memory: str = "end other programs", stopped: str = "") -> Iterator[None]:
-    """End with one line, not a traceback, where the user can put something right or stops."""
+    """End in one line, not a traceback, where the user can help it, or stops."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # not so in a notebook
-        sys.stdout.reconfigure(errors="backslashreplace")  # a console may lack a name's letters
+        sys.stdout.reconfigure(errors="backslashreplace")  # for letters the console lacks
     try:
         yield
         sys.stdout.flush()
@@ -335,16 +319,16 @@ def one_line_errors(out_of_memory: str = "end other programs", stopped: str = ""
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of that name; "auto" takes CUDA or MPS where there is one, else the CPU."""
+    """The device of that name; "auto": CUDA or MPS where there is one, else the CPU."""
     if name == "auto":
         name = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     try:
         torch.ones(1, device=name).add_(1).item()  # fails on a card that torch has no code for
-    except Exception as error:  # for some devices of almost any type
+    except Exception as error:  # of almost any type
         reason = str(error).partition("\n")[0]
         raise InputError(f"--device {name}: {reason}; --device cpu works everywhere") from error
     if name.startswith("cuda"):
-        torch.backends.cudnn.benchmark = True  # most batches have one shape: trying ways pays
+        torch.backends.cudnn.benchmark = True  # most batches have one shape
         torch.set_float32_matmul_precision("high")  # TF32
     return torch.device(name)
 
@@ -365,7 +349,7 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
 
 
 def keep_large_blocks() -> None:
-    """Have glibc keep the memory of large tensors: mapping it anew takes a tenth of a CPU step."""
+    """Have glibc keep the memory of large tensors: mapping it anew is a tenth of a CPU step."""
     with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-4, 0)  # M_MMAP_MAX: no block is mapped on its own
@@ -374,7 +358,7 @@ def keep_large_blocks() -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write to that takes the place of `path` once it is whole, and no sooner."""
+    """A file to write to, which takes the place of `path` once it is whole."""
     partial = temporary_path(path)
     try:
         with open(partial, "wb") as file:
@@ -389,7 +373,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def temporary_path(path: Path) -> Path:
-    """A new name beside `path`, after removing what killed programs left there a day ago."""
+    """A new name beside `path`; removes what programs killed a day ago left there."""
     for old in path.parent.glob(f"{glob.escape(path.name)}.{'[0-9a-f]' * 8}.tmp"):
         with contextlib.suppress(OSError):
             if old.stat().st_mtime < time.time() - 86_400:
@@ -398,29 +382,28 @@ def temporary_path(path: Path) -> Path:
 
 
 def load_tensors(path: Path) -> dict[str, Any]:
-    """What torch.save wrote, on the CPU; of tensors and plain values only, so it runs no code."""
+    """What torch.save wrote, on the CPU: tensors and plain values only, no code."""
     if not path.exists():
         raise InputError(f"there is no {path}; train.py makes it")
     with open(path, "rb") as file:
         try:
             return dict(torch.load(file, map_location="cpu", weights_only=True))
-        except Exception as error:  # unpickling a cut or foreign file raises almost any type
+        except Exception as error:  # unpickling raises almost any type
             if is_out_of_memory(error):
                 raise
             raise InputError(f"{path} is cut short, or no file of train.py") from error
 
 
 def load_network(path: Path) -> AlexNet:
-    """The network of the state_dict in AlexNet.pth, on the CPU, in eval mode; raises InputError."""
+    """The network whose state_dict is in AlexNet.pth, on the CPU, in eval mode."""
     state = load_tensors(path)
     try:
         classes, groups = len(state["classifier.6.bias"]), 96 // state["features.5.weight"].shape[1]
-        with torch.device("meta"):  # without drawing 58 million numbers
+        with torch.device("meta"):  # draws no weights
             net = AlexNet(classes, groups)
         net.load_state_dict(state, assign=True)
-    except Exception as error:  # whatever such a file may hold in their place
-        way = "give the AlexNet.pth that train.py wrote"
-        raise InputError(f"{path} does not hold the weights of this AlexNet; {way}") from error
+    except Exception as error:  # whatever such a file may hold
+        raise InputError(f"{path} is no AlexNet.pth that train.py wrote") from error
     return net.float().eval()
 
 
@@ -433,7 +416,5 @@ def load_classes(weights: Path, n: int) -> list[str]:
     except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
         classes = []
     if len(classes) != n:
-        raise InputError(
-            f"{path} does not name the {n} classes of {weights}; restore train.py's own"
-        )
+        raise InputError(f"{path} does not name the {n} classes of {weights}; restore train.py's")
     return classes

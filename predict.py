@@ -6,8 +6,8 @@
     python predict.py data/val --json > answers.jsonl  # one JSON object a line
 
 The innermost folder with the name of a class tells a photo's true class. A table begins with the
-wrong answers, the surest first, which is where wrong labels show. A file that is no picture is
-named on stderr, the others are answered, and the exit status is 1.
+surest of the wrong answers, which is where wrong labels show. A file that is no picture is named
+on stderr, the others are answered, and the exit status is 1.
 """
 
 import glob
@@ -37,16 +37,16 @@ from alexnet import AlexNet, InputError, image_files
 NEAREST = 6  # training photos that --similar finds
 MOST_DRAWN = 24  # photos in a figure
 
-# Fonts for letters that matplotlib's own lacks, as far as they are installed; else a box.
+# Fonts, where installed, for letters that matplotlib's own lacks.
 CJK = ("Noto Sans CJK SC", "Microsoft YaHei", "PingFang SC", "Hiragino Sans", "Malgun Gothic")
 matplotlib.rcParams |= {"font.family": ["sans-serif", *CJK], "text.parse_math": False}
 if "IPython" not in sys.modules and os.environ.get("MPLBACKEND", "").startswith("module:"):
-    matplotlib.use("agg")  # in place of that of the notebook which has started this script
+    matplotlib.use("agg")  # for that of the notebook which has started this script
 logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", "Glyph .* missing from")
 
-# What is said of a photo, as --json prints it: path, class, probability, top (classes and
-# probabilities), true_class where a folder tells it, similar (paths and distances).
+# What --json prints of a photo: path, class, probability, top (classes and probabilities),
+# true_class where a folder tells it, similar (paths and distances).
 Answer = dict[str, Any]
 
 
@@ -82,30 +82,29 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def files_of(path: Path) -> list[Path]:
-    """The file itself, the pictures in a folder, or those that a pattern stands for, sorted."""
+    """The file, the pictures in a folder, or those of a pattern, which Windows leaves to us."""
     if path.is_dir():
         files = image_files(path)
         if not files:
             raise InputError(f"there are no pictures in the folder {path}")
         return files
-    # Windows leaves *.jpg to the program.
     return [path] if path.exists() else sorted(map(Path, glob.glob(str(path)))) or [path]
 
 
-def read_batches(files: list[Path], title: str) -> Iterator[tuple[list[Path], Tensor]]:
+def read_batches(files: list[Path], device: torch.device) -> Iterator[tuple[list[Path], Tensor]]:
     """Paths and images (n, 3, 256, 256), n up to 64, of the files that can be read."""
-    photos = alexnet.read_squares(files, title)
+    photos = alexnet.read_squares(files, "reading")
     while batch := list(itertools.islice(photos, 64)):
         paths, pixels = zip(*batch, strict=True)
-        yield list(paths), alexnet.to_float(torch.from_numpy(np.stack(pixels)))
+        yield list(paths), alexnet.to_float(torch.from_numpy(np.stack(pixels)).to(device))
 
 
 def predict(
     net: AlexNet, classes: list[str], files: list[Path], ten_views: bool, top_k: int
 ) -> Iterator[Answer]:
     """Answer photo by photo, in the order of the files."""
-    for paths, images in read_batches(files, "predicting"):
-        probabilities = alexnet.predict_probabilities(net, images.to(net.mean.device), ten_views)
+    for paths, images in read_batches(files, net.mean.device):
+        probabilities = alexnet.predict_probabilities(net, images, ten_views)
         best = probabilities.cpu().topk(min(top_k, len(classes)))
         for path, indices, values in zip(paths, best.indices, best.values, strict=True):
             top = [
@@ -122,18 +121,15 @@ def predict(
 @torch.inference_mode()
 def find_similar(net: AlexNet, answers: list[Answer], training: list[Path]) -> list[Answer]:
     """Add the training photos whose last hidden activations are NEAREST (section 6.1)."""
-
-    def hidden(images: Tensor) -> Tensor:
-        return net.hidden(*alexnet.views_of(images.to(net.mean.device), ten=False))
-
-    asked = [Path(answer["path"]) for answer in answers]
-    queries = [hidden(images) for _, images in read_batches(asked, "predicting")]
-    found = []  # (path, its distances to all queries)
-    for paths, images in read_batches(training, "comparing") if queries else ():
+    asked, device, found = [Path(answer["path"]) for answer in answers], net.mean.device, []
+    queries = [net.hidden(*alexnet.views_of(x, ten=False)) for _, x in read_batches(asked, device)]
+    for paths, images in read_batches(training if asked else [], device):
+        activations = net.hidden(*alexnet.views_of(images, ten=False))
         # Not by way of a matrix product, which loses the small distances.
         exact = {"compute_mode": "donot_use_mm_for_euclid_dist"}
-        distances = torch.cdist(hidden(images), torch.cat(queries), **exact).tolist()
+        distances = torch.cdist(activations, torch.cat(queries), **exact).tolist()
         found += zip(paths, distances, strict=True)
+    # `found` holds (path, its distances to all that was asked).
     for number, (answer, itself) in enumerate(zip(answers, asked, strict=True)):
         nearest = sorted(found, key=lambda item: item[1][number])[: NEAREST + 1]
         others = [(path, d[number]) for path, d in nearest if not path.samefile(itself)][:NEAREST]
@@ -147,12 +143,12 @@ def is_wrong(answer: Answer) -> bool:
 
 
 def doubt(answer: Answer) -> tuple[bool, float]:
-    """Sorts the surest wrong answers first, then the others, the least sure of them first."""
+    """Sorts the surest wrong answers first, then the least sure of the others."""
     return (False, -answer["probability"]) if is_wrong(answer) else (True, answer["probability"])
 
 
 def print_answers(answers: list[Answer], n_classes: int) -> None:
-    """One photo: its likeliest classes. Several: a table, and the accuracy if folders tell it."""
+    """Of one photo its likeliest classes; of several a table, and the accuracy if known."""
     for answer in answers:
         if len(answers) == 1:
             print(f"class: {answer['class']}, probability: {answer['probability']:.3f}")
@@ -224,13 +220,13 @@ def draw_answers(answers: list[Answer]) -> Figure:
 
 
 def short(name: str) -> str:
-    """A name for a figure: its middle left out if it is long, half letters of odd files as ?."""
+    """A name for a figure: of a long one both ends; half letters of odd files as ?."""
     name = name.encode("utf-8", "replace").decode()
     return name if len(name) <= 24 else f"{name[:12]}\N{HORIZONTAL ELLIPSIS}{name[-11:]}"
 
 
 def draw_confusion(answers: list[Answer], classes: list[str]) -> Figure:
-    """How often which class (row) was taken for which (column): counts, coloured by their share."""
+    """How often which class (row) was taken for which (column), coloured by share."""
     counts = np.zeros((len(classes), len(classes)), int)
     for answer in answers:
         if "true_class" in answer:

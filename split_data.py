@@ -5,8 +5,8 @@
     python split_data.py --source photos.zip --test-rate 0.1 --output other_data
 
 Every class is split at the same rate. One seed gives one split on any machine. Photos are copied,
-never moved; copies of one photo go to one side, and photos that cannot be read are left out and
-named. Nothing is ever replaced: an --output that holds something else is refused.
+never moved; copies of one photo go to one side, what cannot be read is left out and named.
+Nothing is ever replaced: an --output that holds something else is refused.
 """
 
 import hashlib
@@ -31,8 +31,6 @@ from alexnet import InputError, class_of
 ARCHIVE = Path("flower_photos.tgz")
 URL = "https://storage.googleapis.com/download.tensorflow.org/example_images/flower_photos.tgz"
 SHA256 = "4c54ace7911aaffe13a365c34f650e71dd5bf1be0a58b464e5a7183e3e595d9c"
-# Folders beside `train` in a set that is split already, the ones for validation first.
-HELD_OUT = (*alexnet.VAL_FOLDERS, "test", "testing")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -131,7 +129,7 @@ def check_classes(photos: list[str], root: Path) -> None:
         inner.setdefault(label, set()).update(rest[:-1][:1])
     kinds = {label.lower(): label for label in inner}
     train = kinds.get("train") or kinds.get("training")
-    held_out = [kinds[name] for name in HELD_OUT if name in kinds]
+    held_out = [kinds[x] for x in (*alexnet.VAL_FOLDERS, "test", "testing") if x in kinds]
     if train and held_out:
         way = f"`--source {root / train}` splits that, predict.py tests on {held_out[0]}"
         if train == "train" and held_out[0] in alexnet.VAL_FOLDERS:
@@ -149,8 +147,7 @@ def check_classes(photos: list[str], root: Path) -> None:
 
 def check_photos(source: Path, photos: list[str]) -> dict[str, str]:
     """{photo: SHA-256} of those that can be read; photos that are there twice are named."""
-    digests: dict[str, str] = {}
-    first: dict[str, str] = {}
+    digests, first = {}, {}  # first: the photo that a digest was seen with first
     for path, _ in alexnet.read_squares([source / name for name in photos], "checking"):
         name, digest = path.relative_to(source).as_posix(), hashlib.sha256(path.read_bytes())
         digests[name] = digest.hexdigest()
@@ -166,11 +163,7 @@ def check_photos(source: Path, photos: list[str]) -> dict[str, str]:
 
 
 def assign_sides(digests: dict[str, str], rates: dict[str, float], seed: int) -> dict[str, str]:
-    """{photo: side}: a share of every class's different photos to each side, the rest to train.
-
-    What is drawn is a digest, which takes all its copies along: on two sides they would test the
-    network on what it was shown.
-    """
+    """{photo: side}, with a share of every class on each side; copies of a photo stay together."""
     rng, side_of, too_few = random.Random(seed), {}, []
     for label, names in groupby(digests, class_of):  # names are sorted
         different = list(dict.fromkeys(digests[name] for name in names))

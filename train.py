@@ -5,9 +5,9 @@
     python train.py --data my_data --output my_run --epochs 30 --batch-size 128
     torchrun --nproc-per-node 4 train.py --batch-size 128     # on four cards
 
-Writes into --output: AlexNet.pth (the best epoch's weights), class_idx.json, last.pt (what
---resume needs), history.csv, curves.png, and at the end run.json and kernels.png; beside the data
-train-*.npy and val-*.npy, the decoded photos.
+Writes into --output: AlexNet.pth (the best epoch's weights), class_idx.json, last.pt (for
+--resume), history.csv, curves.png, at the end run.json and kernels.png; beside the data the decoded
+photos, train-*.npy and val-*.npy.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import atexit
 import contextlib
 import copy
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -49,11 +48,11 @@ OPTIONS = {
     "lr": (0.01, 0.01, 1e-12, 1e9, "learning rate of SGD"),
     "momentum": (0.9, 0.9, 0, 1, "of SGD"),
     "weight_decay": (0.0005, 0.0005, 0, 1, "of SGD"),
-    "ema": (0.99, 0.0, 0, 1, "decay of the moving average of the weights, which is saved"),
+    "ema": (0.99, 0.0, 0, 1, "decay of the average of the weights, which is saved"),
     "label_smoothing": (0.1, 0.0, 0, 1, "share of the answer spread over all classes"),
     "patience": (10, 10, 0, 2**20, "lr / 10 after more epochs than this without a lower val loss"),
     "crop_area": (0.25, 0.0, 0, 1, "smallest part of a photo in a crop; 0: 224 x 224 of 256 x 256"),
-    "cutmix": (0.5, 0.0, 0, 1, "share of the batches in which a window shows another photo"),
+    "cutmix": (0.5, 0.0, 0, 1, "share of batches in which a window shows another photo"),
     "balance": (0.0, 0.0, 0, 1, "1: every class counts alike; 0: every photo; also between"),
     "groups": (2, 2, 1, 2, "2: as on the paper's two GPUs; 1: merged, for 1.4 times the time"),
     "seed": (0, 0, 0, 2**32, "of weights, order, crops and dropout"),
@@ -62,8 +61,7 @@ KEPT = ("recipe", "init", *OPTIONS)  # with these a run is resumed
 WARMUP_EPOCHS = 3  # the learning rate rises to --lr over these
 MAX_LR_DROPS = 3  # section 5: by 10 each, when the validation error stalls; a fourth ends the run
 AVERAGE_EVERY = 8  # steps; at every one it took 3 % of the time on a CPU
-SAVE_PAUSE = 9  # times as long as the last saving took, or longer: a card's epoch is a second
-NO_SCORE = (-1.0, -math.inf)  # lower than that of any epoch
+SAVE_PAUSE = 9  # times the last saving's time or more: a card's epoch is a second
 NAMES = "epoch lr train_loss train_accuracy val_loss val_accuracy seconds images_per_second".split()
 
 warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # nor written
@@ -94,8 +92,8 @@ def train(args: Namespace) -> None:
     run = Run(args, train_set, val_set)
     print(f"device   {run.hardware}")
     print(f"photos   {len(train_set):,} to train, {len(val_set):,} to val")
-    counts = train_set.counts()
-    print(f"classes  {len(counts)}, of {min(counts):,} to {max(counts):,} photos", end="; ")
+    least, most = min(train_set.counts), max(train_set.counts)
+    print(f"classes  {len(train_set.classes)}, of {least:,} to {most:,} photos", end="; ")
     print(f"always the likeliest: accuracy {max(run.shares):.4f}")
     print(f"network  {sum(p.numel() for p in run.net.parameters()):,} parameters")
     if checkpoint:
@@ -111,13 +109,13 @@ def train(args: Namespace) -> None:
         values = epoch, run.lr, *trained, *validated, time.perf_counter() - start, speed
         row = dict(zip(NAMES, values, strict=True))
         run.history.append(row)
-        # On the starting plateau epochs tie, and a tie counts as a bad epoch: the learning rate
-        # would be lowered just where it is needed.
+        # On the starting plateau epochs tie, and ties count as bad: they would lower the learning
+        # rate just where it is needed.
         if epoch > WARMUP_EPOCHS and not is_on_plateau(run):
             run.scheduler.step(row["val_loss"])
         if is_best := score(row) > run.best:
             run.best, run.unsaved = score(row), copy.deepcopy(run.average.state_dict())
-        if not RANK and (run.is_over or time.perf_counter() > run.next_save):
+        if not RANK and time.perf_counter() > run.next_save:
             save(run)
         line = "{:5} {:8.2g}   {:10.4f}  {:8.4f}   {:8.4f}  {:8.4f}   {:7.1f}  {:8.1f}"
         print(line.format(*values) + ("  best" if is_best else ""), flush=True)
@@ -129,7 +127,7 @@ def train(args: Namespace) -> None:
 
 
 def open_checkpoint(args: Namespace) -> dict[str, Any] | None:
-    """last.pt, if --resume asks for it; sets the options of the run in `args`."""
+    """last.pt for --resume; sets the options of the run in `args`."""
     last, best = args.output / "last.pt", args.output / "AlexNet.pth"
     if not args.resume:
         ways = "--overwrite replaces it, another --output leaves it alone"
@@ -137,8 +135,7 @@ def open_checkpoint(args: Namespace) -> dict[str, Any] | None:
             if path.exists() and not args.overwrite:
                 raise InputError(f"{path} is an earlier run's: {way}{ways}")
         recipe = args.given.get("recipe", "default")
-        column = ("default", "paper").index(recipe)
-        options = {name: values[column] for name, values in OPTIONS.items()}
+        options = {name: values[recipe == "paper"] for name, values in OPTIONS.items()}
         vars(args).update({"recipe": recipe, "init": ""} | options | args.given)
         args.output.mkdir(parents=True, exist_ok=True)
         return None
@@ -159,7 +156,7 @@ def open_checkpoint(args: Namespace) -> dict[str, Any] | None:
 
 # ----- the photos
 class Photos:
-    """The photos folder/CLASS/*, decoded once into a file that is mapped into memory, not read."""
+    """The photos folder/CLASS/*, decoded once into a file that is mapped into memory."""
 
     def __init__(self, folder: Path, output: Path, classes: list[str] | None = None) -> None:
         if not folder.is_dir():
@@ -169,19 +166,15 @@ class Photos:
         files, labels = [folder / name for name in names], [*map(alexnet.class_of, names)]
         self.classes = classes or sorted(set(labels))
         if len(self.classes) < 2 or not files:
-            n = len(set(labels))
-            raise InputError(
-                f"{folder} has photos of {n} classes; put a folder of each class there"
-            )
+            raise InputError(f"{folder} has photos of {len(set(labels))} classes, and 2 are needed")
         if unknown := sorted(set(labels).difference(self.classes)):
             way = "take that away, or put photos of it into train"
             raise InputError(f"{folder} has a class that train lacks, {', '.join(unknown)}: {way}")
-        if lacking := sorted(set(self.classes).difference(labels)):
-            print(f"{folder} has no photos of {', '.join(lacking)}")
         index = {label: i for i, label in enumerate(self.classes)}
         self.labels = torch.tensor([index[label] for label in labels])  # int64 (N,)
-        # Other files, or later versions of these, get another name; a run knows its photos by
-        # their names and sizes alone, as a copy of them on another machine has other times.
+        self.counts = torch.bincount(self.labels, minlength=len(index)).tolist()  # by class
+        # Other photos get another name. A run knows its photos by names and sizes alone: a copy
+        # on another machine has other times.
         stats = [path.stat() for path in files]
         facts = [(name, s.st_size) for name, s in zip(names, stats, strict=True)]
         self.digest = hashlib.sha256(repr(facts).encode()).hexdigest()
@@ -191,14 +184,14 @@ class Photos:
             path = output / path.name
         # How many cannot be read; if none, pixels are uint8 (N, 256, 256, 3).
         self.broken = 0 if path.exists() else write_pixels(path, files)
-        if not self.broken:  # "r": what may be changed in memory has to fit there
+        if not self.broken:  # "r": what may be changed has to fit into memory
             self.pixels = torch.from_numpy(np.load(path, mmap_mode="r"))
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def move_to(self, device: torch.device) -> None:
-        """Keep the pixels on a CUDA card, where they take less than a quarter of what is free."""
+        """Keep the pixels on a CUDA card if they take less than a quarter of what is free."""
         if device.type == "cuda":
             free, total = torch.cuda.mem_get_info(device)
             free = min(free, total * torch.cuda.get_per_process_memory_fraction(device))
@@ -210,12 +203,9 @@ class Photos:
         pixels = self.pixels[indices.to(self.pixels.device)]
         return pixels.to(device), self.labels[indices].to(device)
 
-    def counts(self) -> list[int]:
-        return torch.bincount(self.labels, minlength=len(self.classes)).tolist()
-
 
 def write_pixels(path: Path, files: list[Path]) -> int:
-    """Write the .npy file, and remove older ones; or return how many photos cannot be read."""
+    """Write the .npy file, remove older ones; or return how many photos cannot be read."""
     n, shape = 0, (len(files), IMAGE_SIZE, IMAGE_SIZE, 3)
     with contextlib.suppress(InputError), replacing(path) as file:
         header = {"descr": "|u1", "fortran_order": False, "shape": shape}
@@ -227,7 +217,7 @@ def write_pixels(path: Path, files: list[Path]) -> int:
             raise InputError("broken photos")  # so that no file comes of it
     for old in path.parent.glob(f"{path.stem[:-12]}{'[0-9a-f]' * 12}.npy"):
         if n == len(files) and old != path:
-            with contextlib.suppress(OSError):  # Windows keeps what a program has open
+            with contextlib.suppress(OSError):  # on Windows one that is open
                 old.unlink()
     return len(files) - n
 
@@ -248,7 +238,7 @@ def make_batch(run: Run, indices: Tensor) -> tuple[Tensor, Tensor]:
 def draw_crops(n: int, crop_area: float, device: torch.device) -> Tensor:
     """Affine matrices (n, 2, 3) from crops to their places in the photos, both in -1..1."""
     with device:  # where all is drawn
-        if crop_area:  # a part of the photo of crop_area to 1, at an aspect of 3/4 to 4/3
+        if crop_area:  # crop_area to 1 of the photo, at an aspect of 3/4 to 4/3
             area = torch.empty(n).uniform_(crop_area, 1)
             aspect = torch.empty(n).uniform_(math.log(3 / 4), math.log(4 / 3)).exp()
             width, height = (area * aspect).sqrt().clamp(max=1), (area / aspect).sqrt().clamp(max=1)
@@ -266,7 +256,7 @@ def augment(images: Tensor, crops: Tensor, shifts: Tensor) -> Tensor:
     if not len(images):  # a process's share of a batch of fewer photos than processes
         return images.new_empty(0, 3, CROP_SIZE, CROP_SIZE)
     grid = F.affine_grid(crops, [len(images), 3, CROP_SIZE, CROP_SIZE], align_corners=False)
-    # Clamping is padding_mode="border", which MPS lacks; there it wants contiguous images, too.
+    # MPS lacks padding_mode="border", for which this clamps, and wants contiguous images.
     grid = grid.clamp_(1 / IMAGE_SIZE - 1, 1 - 1 / IMAGE_SIZE)
     views = F.grid_sample(images.contiguous(), grid, align_corners=False)
     return views.add_(shifts[:, :, None, None])
@@ -274,7 +264,7 @@ def augment(images: Tensor, crops: Tensor, shifts: Tensor) -> Tensor:
 
 # ----- training (section 5)
 class Run:
-    """A training run as it stands between two epochs; a new one stands at the start."""
+    """A training run as it stands between two epochs."""
 
     PARTS = ("net", "average", "optimizer", "scheduler", "scaler")  # which training changes
 
@@ -282,21 +272,21 @@ class Run:
         self.args, self.train_set, self.val_set = args, train_set, val_set
         self.device = device = alexnet.pick_device(args.device)
         self.options = {name: getattr(args, name) for name in KEPT}
-        # What a photo of each class counts in validation, 1 in the mean, and the classes' shares.
-        counts = torch.tensor(val_set.counts(), dtype=torch.float64)
+        # What a photo of each class counts in validation, 1 on average, and the classes' shares.
+        counts = torch.tensor(val_set.counts, dtype=torch.float64)
         weights = counts.clip(1) ** -args.balance
         weights *= len(val_set) / (weights @ counts)
         self.class_weights = weights.float().to(device)
         self.shares = (weights * counts / len(val_set)).tolist()
         self.history: list[dict[str, float]] = []  # a row an epoch
-        self.best = NO_SCORE  # of the best weights so far
-        self.unsaved: dict[str, Tensor] | None = None  # these, where AlexNet.pth has others
+        self.best = (-1.0, -math.inf)  # the score of the best weights so far
+        self.unsaved: dict[str, Tensor] | None = None  # these, until AlexNet.pth has them
         self.next_save = 0.0  # on time.perf_counter()
         # Every 64th pixel of 2,000 photos, RGB in 0..1.
         some = train_set.pixels[:: math.ceil(len(train_set) / 2000), ::8, ::8].reshape(-1, 3) / 255
         covariance = torch.cov(some.T.double())
-        # Section 4.1: RGB is shifted along the principal components p_i of the training pixels, by
-        # a_i * sqrt(lambda_i), as in the 2012 source; the paper prints no root.
+        # Section 4.1: RGB is shifted along the principal components of the training pixels, by
+        # their deviations as in the 2012 source, where the paper prints variances.
         eigenvalues, eigenvectors = torch.linalg.eigh(covariance)
         self.color_axes = (eigenvectors * eigenvalues.clip(0).sqrt()).float().to(device)
         for photos in (train_set, val_set):
@@ -305,15 +295,15 @@ class Run:
         self.net = AlexNet(len(train_set.classes), args.groups)
         self.net.initialize(args.recipe)
         self.net.mean.copy_(some.mean(0)[:, None, None])
-        if args.recipe == "default":  # drawings may have no deviation at all
+        if args.recipe == "default":  # drawings may have no deviation
             deviation = covariance.diagonal().clip(1 / 255**2).sqrt()
             self.net.std.copy_(deviation[:, None, None])
         self.net.to(device, memory_format=torch.channels_last)
-        # The moving average of the weights, which is evaluated and saved.
+        # The average of the weights, which is evaluated and saved.
         self.average = copy.deepcopy(self.net).eval().requires_grad_(False)
         settings = {"momentum": args.momentum, "weight_decay": args.weight_decay, "fused": True}
         self.optimizer = torch.optim.SGD(self.net.parameters(), args.lr, **settings)
-        for parameter in self.net.parameters():  # else unset, if the scaler skips the first step
+        for parameter in self.net.parameters():  # the scaler may skip the first step
             self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         self.scheduler = ReduceLROnPlateau(self.optimizer, patience=args.patience, eps=0)
         precision = alexnet.pick_precision(args.precision, device)
@@ -328,7 +318,7 @@ class Run:
 
     @property
     def is_over(self) -> bool:
-        lowest = self.args.lr * 0.1 ** (MAX_LR_DROPS + 0.5)  # which only the last drop goes below
+        lowest = self.args.lr * 0.1 ** (MAX_LR_DROPS + 0.5)  # above it up to the last drop
         return len(self.history) >= self.args.epochs or self.lr < lowest
 
     def state_dict(self) -> dict[str, Any]:
@@ -337,12 +327,12 @@ class Run:
 
 
 def score(row: dict[str, float]) -> tuple[float, float]:
-    """What makes an epoch the best: the highest accuracy on val, of equal ones the lower loss."""
+    """Orders epochs by their accuracy on val, equal ones by their loss."""
     return row["val_accuracy"], -row["val_loss"]
 
 
 def resume(run: Run, checkpoint: dict[str, Any]) -> None:
-    """Set a new run to where last.pt left it; the best so far are the weights in AlexNet.pth."""
+    """Set a new run to where last.pt left it; the best weights so far are in AlexNet.pth."""
     last = run.args.output / "last.pt"
     if checkpoint.get("photos") != run.train_set.digest:
         way = "put its own back, or start anew by --overwrite"
@@ -352,17 +342,18 @@ def resume(run: Run, checkpoint: dict[str, Any]) -> None:
             if checkpoint[name]:  # empty: of a scaler that was off
                 getattr(run, name).load_state_dict(checkpoint[name])
         run.history = list(checkpoint["history"])
-    except Exception as error:  # whatever such a file may hold
+    except Exception as error:  # whatever it may hold
         raise InputError(f"{last} is of another train.py; --overwrite starts anew") from error
     try:
         loss, accuracy = evaluate(run, best_network(run))
         run.best = accuracy, -loss
     except InputError as error:
-        print(f"{error}; the best epoch from here on takes its place")
+        print(f"{error}; the last epoch's weights take its place")
+        run.best, run.unsaved = score(run.history[-1]), copy.deepcopy(run.average.state_dict())
 
 
 def start_from(run: Run) -> None:
-    """Take over the weights of --init; its last layer only where it is of the same classes."""
+    """Take over the weights of --init; of its last layer only for the same classes."""
     path, classes = Path(run.args.init), run.train_set.classes
     net = alexnet.load_network(path)
     state = net.state_dict()
@@ -376,7 +367,7 @@ def start_from(run: Run) -> None:
 
 
 def best_network(run: Run) -> AlexNet:
-    """The network whose weights AlexNet.pth holds; raises InputError if it is not of this run."""
+    """The network in AlexNet.pth; raises InputError if it is not of this run."""
     path = run.args.output / "AlexNet.pth"
     net = alexnet.load_network(path)
     if [p.shape for p in net.parameters()] != [p.shape for p in run.net.parameters()]:
@@ -386,10 +377,10 @@ def best_network(run: Run) -> AlexNet:
 
 def train_one_epoch(run: Run, epoch: int) -> tuple[float, float]:
     """One pass over the training set; returns its mean loss and accuracy, in training mode."""
-    # All that is random follows from the seed and the epoch, so resuming needs no other state.
+    # What is random follows from seed and epoch, so resuming needs no other state.
     args, seed = run.args, run.args.seed * 1_000_000 + epoch
-    # Every photo once in random order; with --balance a photo of a rare class more often.
-    weights = torch.tensor(run.train_set.counts())[run.train_set.labels] ** -args.balance
+    # Every photo once, in random order; by --balance those of rare classes more often.
+    weights = torch.tensor(run.train_set.counts)[run.train_set.labels] ** -args.balance
     generator = torch.Generator().manual_seed(seed)
     order = weights.multinomial(len(weights), args.balance > 0, generator=generator)
     torch.manual_seed(seed + (RANK << 40))
@@ -406,7 +397,7 @@ def train_one_epoch(run: Run, epoch: int) -> tuple[float, float]:
             n = (number - 1) % AVERAGE_EVERY + 1  # steps since the last time
             update_average(run, n, total=(epoch - 1) * len(batches) + number)
         seen += len(batch)
-        if number % 20 == 0 or number == len(batches):  # each look waits for the device
+        if number % 20 == 0 or number == len(batches):  # this waits for the device
             loss, accuracy = mean_over_processes(totals, seen, f"epoch {epoch}, lr {run.lr:g}")
             bar.set_postfix(loss=f"{loss:.3f}", accuracy=f"{accuracy:.3f}")
     return loss, accuracy
@@ -417,13 +408,13 @@ def train_one_batch(run: Run, batch: Tensor) -> Tensor:
     totals = torch.zeros(2, device=run.device)
     images, targets = make_batch(run, batch[RANK::WORLD_SIZE])
     pieces = run.args.accumulate
-    if run.device.type == "cpu":  # 64 photos at once are as fast as more, in less memory
+    if run.device.type == "cpu":  # 64 at once are as fast as more, in less memory
         pieces = max(pieces, math.ceil(len(images) / 64))
-    with run.autocast:  # around all pieces, so that the weights are cast once
+    with run.autocast:  # around all pieces: the weights are cast once
         for x, y in zip(images.tensor_split(pieces), targets.tensor_split(pieces), strict=True):
             logits, smoothing = run.net(x).float(), run.args.label_smoothing
             loss = F.cross_entropy(logits, y, reduction="sum", label_smoothing=smoothing)
-            # Summed over the piece and divided by the batch: pieces add up to its gradient.
+            # Divided by the whole batch, so that the pieces' gradients add up to its own.
             run.scaler.scale(loss / len(batch)).backward()
             totals += torch.stack([loss.detach(), (logits.argmax(1) == y.argmax(1)).sum()])
     if WORLD_SIZE > 1:
@@ -438,7 +429,7 @@ def train_one_batch(run: Run, batch: Tensor) -> Tensor:
 @torch.no_grad()
 def update_average(run: Run, steps: int, total: int) -> None:
     """Move the average of the weights on by some steps: at a high rate they circle around it."""
-    decay = min(run.args.ema, total / (10 + total)) ** steps  # forgets the first steps soon
+    decay = min(run.args.ema, total / (10 + total)) ** steps  # soon forgets the start
     averages, weights = list(run.average.parameters()), list(run.net.parameters())
     torch._foreach_lerp_(averages, weights, 1 - decay)
 
@@ -459,8 +450,8 @@ def evaluate(run: Run, net: AlexNet, ten_views: bool = False) -> tuple[float, fl
 
 
 def is_on_plateau(run: Run) -> bool:
-    """Whether no epoch beat the classes' shares, which can be answered without seeing a photo."""
-    # Their entropy is the loss of that answer. Accuracy alone never tells where one class has 95 %.
+    """Whether no epoch beat the answer that needs no photo, the classes' shares."""
+    # Its loss is their entropy; accuracy alone never tells where one class has 95 %.
     entropy = -sum(share * math.log(share) for share in run.shares if share)
     lowest = min(row["val_loss"] for row in run.history)
     highest = max(row["val_accuracy"] for row in run.history)
@@ -469,7 +460,7 @@ def is_on_plateau(run: Run) -> bool:
 
 # ----- files
 def save(run: Run) -> None:
-    """Write the best weights if they are new, then last.pt: a kill between repeats epochs."""
+    """Write new best weights, then last.pt: a kill in between repeats epochs."""
     output, labels, start = run.args.output, run.train_set.classes, time.perf_counter()
     if run.unsaved:
         with replacing(output / "class_idx.json") as file:
@@ -479,23 +470,19 @@ def save(run: Run) -> None:
         run.unsaved = None
     with replacing(output / "last.pt") as file:
         torch.save(run.state_dict(), file)
-    write_history(run)
+    rows = [NAMES, *([f"{x:.6g}" for x in row.values()] for row in run.history)]
+    try:
+        with replacing(output / "history.csv") as file:
+            file.writelines(f"{','.join(row)}\n".encode() for row in rows)
+        with replacing(output / "curves.png") as file:
+            draw_curves(run.history, max(run.shares)).savefig(file, format="png")
+    except OSError as error:  # on Windows one that another program has open
+        print(f"warning: {error}", file=sys.stderr)
     run.next_save = time.perf_counter() + SAVE_PAUSE * (time.perf_counter() - start)
 
 
-def write_history(run: Run) -> None:
-    rows = [NAMES, *([f"{x:.6g}" for x in row.values()] for row in run.history)]
-    try:
-        with replacing(run.args.output / "history.csv") as file:
-            file.writelines(f"{','.join(row)}\n".encode() for row in rows)
-        with replacing(run.args.output / "curves.png") as file:
-            draw_curves(run.history, max(run.shares)).savefig(file, format="png")
-    except OSError as error:  # on Windows a file that another program has open
-        print(f"warning: {error}", file=sys.stderr)
-
-
 def draw_curves(history: list[dict[str, float]], largest_share: float) -> Figure:
-    """Loss and accuracy of both sets by epoch; the drops of the learning rate, the best epoch."""
+    """Loss and accuracy of both sets by epoch, and the best epoch."""
     figure, best = Figure(figsize=(11, 4.5), layout="constrained"), max(history, key=score)
     loss, accuracy = figure.subplots(1, 2)
     for axis, name in ((loss, "loss"), (accuracy, "accuracy")):
@@ -504,10 +491,6 @@ def draw_curves(history: list[dict[str, float]], largest_share: float) -> Figure
             axis.plot(range(1, len(history) + 1), values, label=side, marker=".")
         label = f"best on val: epoch {best['epoch']}, accuracy {best['val_accuracy']:.3f}"
         axis.plot(best["epoch"], best[f"val_{name}"], "k*", markersize=13, label=label)
-        for before, after in itertools.pairwise(history):
-            if after["lr"] < before["lr"]:
-                x, label = before["epoch"] + 0.5, f"then lr {after['lr']:.2g}"
-                axis.axvline(x, color="gray", linewidth=0.8, label=label)
         axis.set(xlabel="epoch", title=name)
         axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         axis.grid(alpha=0.3)
@@ -520,22 +503,20 @@ def draw_curves(history: list[dict[str, float]], largest_share: float) -> Figure
 def report(run: Run) -> None:
     """Evaluate what is in AlexNet.pth by both kinds of views; write run.json and kernels.png."""
     weights = run.args.output / "AlexNet.pth"
-    if not RANK and run.best == NO_SCORE:  # AlexNet.pth was lost, and no epoch was left
-        run.unsaved = run.average.state_dict()
+    if not RANK:
         save(run)
     wait_for_others()
     net = best_network(run)
     center, ten = (evaluate(run, net, ten_views)[1] for ten_views in (False, True))
     if RANK:
         return
-    write_history(run)  # to which a killed run may not have come
-    # The paper's figure 3: the 96 kernels of conv1, 16 a row; the upper 48 are those of one GPU.
+    # The paper's figure 3: the 96 kernels of conv1, 16 a row, the upper 48 of one GPU.
     kernels = F.interpolate(net.features[1].weight, scale_factor=5.0)  # 55 pixels a side
     with replacing(weights.with_name("kernels.png")) as file:
         save_image(kernels, file, format="png", nrow=16, padding=5, pad_value=1, normalize=True)
     facts = {
         "options": run.options,
-        "photos": {"train": run.train_set.counts(), "val": run.val_set.counts()},
+        "photos": {"train": run.train_set.counts, "val": run.val_set.counts},
         "epochs": len(run.history),
         "best_epoch": max(run.history, key=score)["epoch"],
         "val_accuracy": {"center-crop": center, "ten-crop": ten},
@@ -551,7 +532,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--data", type=Path, default=Path("data"), help="the folder that split_data.py made")
-    add("--output", type=Path, default=Path(), help="the folder to write into (default: this one)")
+    add("--output", type=Path, default=Path(), help="the folder to write into (default: this)")
     way = parser.add_mutually_exclusive_group().add_argument
     way("--resume", action="store_true", help="go on with the run in --output, with its options")
     way("--overwrite", action="store_true", help="replace the run in --output by a new one")
@@ -561,9 +542,9 @@ def parse_args(argv: list[str] | None) -> Namespace:
     precision = "of the products; auto: bfloat16 where it is native, float16 on older CUDA cards"
     choices = ("auto", "float32", "bfloat16", "float16")
     add("--precision", choices=choices, default="auto", help=precision)
-    init = "weights of an earlier run to start from; a new last layer where its classes differ"
+    init = "weights to start from; with a new last layer where their classes differ"
     add("--init", metavar="AlexNet.pth", default=SUPPRESS, help=init)
-    recipe = "paper: its start, of its weights, biases and raw pixels, and the options in []"
+    recipe = "paper: its first weights and biases, raw pixels, and the options in []"
     add("--recipe", choices=("default", "paper"), default=SUPPRESS, help=recipe)
     for name, (default, paper, _, _, text) in OPTIONS.items():
         option, text = f"--{name.replace('_', '-')}", f"{text} (default: {default}) [{paper}]"
@@ -580,7 +561,6 @@ def parse_args(argv: list[str] | None) -> Namespace:
 
 # ----- several processes, a card each, by torchrun
 # Each takes every WORLD_SIZE-th photo of all batches; process 0 alone writes and prints.
-
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 NO_BAR = RANK > 0 or None  # None: a bar where somebody watches
 
@@ -604,11 +584,11 @@ def wait_for_others() -> None:
 
 
 def mean_over_processes(totals: Tensor, n: int, where: str) -> tuple[float, float]:
-    """Loss and accuracy from the sums over n photos; raises InputError if they are no numbers."""
+    """Loss and accuracy from the sums over n photos; raises InputError if they are nan."""
     totals = totals.clone()
     if WORLD_SIZE > 1:
         dist.all_reduce(totals)
-    # Divided in Python: in float32 three of five are more than 0.6, the largest class's share.
+    # In float32 three of five would be more than 0.6, the largest class's share.
     loss, accuracy = (total / n for total in totals.tolist())
     if not math.isfinite(loss):
         raise InputError(f"the loss is no number any more ({where}); start with a lower --lr")

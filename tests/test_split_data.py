@@ -74,14 +74,8 @@ def test_the_split_follows_from_the_seed_not_from_the_order_of_files(twelve, tmp
     first = split(twelve, tmp_path / "first")
     val = {name for name in first if name.startswith("val/")}
     assert val == {"val/a/06.jpg", "val/b/04.jpg"}  # on any machine
-    walk = os.walk
-
-    def backwards(*args, **kwargs) -> Iterator[tuple[str, list[str], list[str]]]:
-        for found in walk(*args, **kwargs):
-            found[1].reverse(), found[2].reverse()
-            yield found
-
-    monkeypatch.setattr(os, "walk", backwards)
+    backwards = lambda path: sorted(map(path.joinpath, os.listdir(path)), reverse=True)  # noqa: E731
+    monkeypatch.setattr(Path, "iterdir", backwards)
     assert split(twelve, tmp_path / "again") == first
     assert set(split(twelve, tmp_path / "other", "--seed", "1")) != set(first)
 
@@ -141,14 +135,14 @@ def test_what_is_no_photo_is_left_out_and_named(twelve, tmp_path, capsys):
 
 
 def test_a_folder_that_may_not_be_read_is_no_empty_one(twelve, tmp_path, monkeypatch):
-    scandir = os.scandir
+    iterdir = Path.iterdir
 
-    def refuse(path: str | Path | int) -> Iterator[os.DirEntry]:
-        if str(path).endswith("/photos/a"):
+    def refuse(path: Path) -> Iterator[Path]:
+        if path == twelve / "a":
             raise PermissionError(13, "Permission denied", str(path))
-        return scandir(path)
+        return iterdir(path)
 
-    monkeypatch.setattr(os, "scandir", refuse)
+    monkeypatch.setattr(Path, "iterdir", refuse)
     assert "denied: '" + str(twelve / "a") in refusal(twelve, tmp_path / "data")
 
 
