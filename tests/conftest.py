@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import sys
 from collections.abc import Callable, Iterator
@@ -28,6 +29,13 @@ def draw_photos(folder: Path, classes: dict[str, int], kinds: tuple[str, ...] = 
             image = draw_flower(kind, random.Random(f"{label} {i}"), 80, 60)
             image.save(folder / label / f"{i:02d}.jpg")
     return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """{path: bytes}; of empty folders, too."""
+    found = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*"))}
+    files = {name: path.read_bytes() for name, path in found.items() if path.is_file()}
+    return files | {name: b"" for name, x in found.items() if x.is_dir() and not os.listdir(x)}
 
 
 def error_of(main: Callable[[list[str]], int], *argv: str | Path) -> str:

