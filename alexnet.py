@@ -1,6 +1,4 @@
-"""AlexNet, and what the other three scripts share. Sections are the paper's: Krizhevsky,
-Sutskever, Hinton, ImageNet Classification with Deep Convolutional Neural Networks, 2012.
-"""
+"""AlexNet, and what the other scripts share. Sections are those of Krizhevsky et al. 2012."""
 
 import contextlib
 import ctypes
@@ -27,10 +25,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-IMAGE_SIZE = 256  # pixels a side of every stored photo (section 2)
-CROP_SIZE = 224  # pixels a side of what the network sees (section 4.1)
-VAL_FOLDERS = ("val", "valid", "validation")  # names beside `train` in sets that come split
-READER = 3  # counted up where read_square gives other pixels: train.py decodes anew
+IMAGE_SIZE = 256  # pixels a side of a stored photo (section 2)
+CROP_SIZE = 224  # of what the network sees of it (section 4.1)
+VAL_FOLDERS = ("val", "valid", "validation")  # what other sets call it
+READER = 3  # raise it when read_square changes: train.py then decodes anew
 SUFFIXES = "jpg jpeg jpe jfif jfi jif pjpeg png bmp gif tif tiff webp avif ppm pgm".split()
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM", "AVIF")  # EPS would run a program
 
@@ -56,7 +54,7 @@ def sum_over_neighbors(x: Tensor, start: float = 0.0) -> Tensor:
 
 
 class NormalizeFunction(torch.autograd.Function):
-    """`normalize`, which keeps x alone for its gradient, where autograd would keep five tensors.
+    """`normalize`, which keeps only x for its gradient; autograd would keep five tensors.
 
     From g, that of y: g * d^-0.75 - 1.5e-4 * x * the sum over the neighbours of g * x * d^-1.75.
     """
@@ -69,23 +67,21 @@ class NormalizeFunction(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_y: Tensor) -> Tensor:
+    def backward(ctx: Any, g: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         with torch.autocast(x.device.type, enabled=False):
             d = denominator(x)
             root = d.rsqrt()
-            scaled = root.sqrt().mul_(root).mul_(grad_y)  # g * d^-0.75
+            scaled = root.sqrt().mul_(root).mul_(g)  # g * d^-0.75
             total = sum_over_neighbors((0.01 * x).mul_(scaled).div_(d))
             return torch.addcmul(scaled, total, x, value=-1.5e-4 / 0.01)
 
 
 class LocalResponseNorm(nn.Module):
-    """Section 3.3 as printed, k = 2, n = 5, alpha = 1e-4, beta = 0.75: what
-    torch.nn.LocalResponseNorm(5, alpha=5e-4, beta=0.75, k=2) gives at many times the cost.
-    """
+    """Section 3.3 as printed: nn.LocalResponseNorm(5, alpha=5e-4, beta=0.75, k=2), but faster."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training:  # plain operations, which can be exported
+        if not self.training:  # plain operations can be exported
             return normalize(x)
         if x.device.type != "cpu":
             return NormalizeFunction.apply(x)
@@ -96,13 +92,12 @@ class LocalResponseNorm(nn.Module):
 class AlexNet(nn.Module):
     """The eight layers of the paper: five convolutional, three fully connected (section 3).
 
-    Input: float images in 0..1, (N, 3, 224, 224); output: logits, (N, num_classes). The network
-    normalises its input by the buffers `mean` and `std`, which training measures and which are
-    stored with the weights, so that training and prediction cannot disagree.
+    From images in 0..1, (N, 3, 224, 224), it makes logits, (N, num_classes). It normalises the
+    images by its buffers `mean` and `std`, which training measures and stores with the weights.
 
-    groups=2 is the connectivity of the paper's two GPUs (section 3.2: conv2, conv4 and conv5 see
-    the maps of their own GPU alone; 60,965,224 parameters at 1000 classes); groups=1 merges the
-    two (62,378,344). torchvision's AlexNet is another network: the single tower of 2014, no LRN.
+    groups=2: as on the paper's two GPUs, conv2, conv4 and conv5 see half of the maps (section 3.2;
+    60,965,224 parameters at 1000 classes); groups=1: they see all (62,378,344). torchvision's
+    AlexNet is another network: the single tower of 2014, without LRN.
     """
 
     def __init__(self, num_classes: int = 1000, groups: int = 2) -> None:
@@ -129,33 +124,33 @@ class AlexNet(nn.Module):
             nn.MaxPool2d(3, stride=2),  #                              (N, 256,   6,   6)
         )
         self.classifier = nn.Sequential(
-            nn.Linear(256 * 6 * 6, 4096),  #                           (N, 4096)
+            nn.Linear(256 * 6 * 6, 4096),
             nn.ReLU(inplace=True),
-            nn.Dropout(0.5),  # section 4.2: on the outputs of the two hidden layers
-            nn.Linear(4096, 4096),  #                                  (N, 4096)
+            nn.Dropout(0.5),  # section 4.2: after both hidden layers
+            nn.Linear(4096, 4096),
             nn.ReLU(inplace=True),
             nn.Dropout(0.5),
-            nn.Linear(4096, num_classes),  #                           (N, num_classes)
+            nn.Linear(4096, num_classes),
         )
 
     def initialize(self, recipe: str) -> None:
-        """Draw the weights that training starts from.
+        """Draw the weights to start from.
 
-        "default": He's rule, biases 0; conv1 N(0, 0.01), as its kernels else keep showing noise.
-        "paper": section 5, with 0.03 in conv3 to conv5 as in the 2012 source (layers-145.cfg), on
-        pixels of 0..255, which alone are not drowned by biases of 1.
+        "default": He's rule, biases 0; conv1 N(0, 0.01), or its kernels keep showing noise.
+        "paper": section 5, with conv3 to conv5 as in the 2012 source (layers-145.cfg), on pixels of
+        0..255: biases of 1 would drown smaller ones.
         """
-        layers = [layer for layer in self.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
+        layers = [x for x in self.modules() if isinstance(x, nn.Conv2d | nn.Linear)]
         for layer in layers:
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
             nn.init.zeros_(layer.bias)
         nn.init.normal_(layers[0].weight, std=0.01)
         if recipe == "paper":
             self.std.fill_(1 / 255)
-            deviations = (0.01, 0.01, 0.03, 0.03, 0.03, 0.01, 0.01, 0.01)
+            stds = (0.01, 0.01, 0.03, 0.03, 0.03, 0.01, 0.01, 0.01)
             biases = (0.0, 1.0, 0.0, 1.0, 1.0, 1.0, 1.0, 0.0)
-            for layer, deviation, bias in zip(layers, deviations, biases, strict=True):
-                nn.init.normal_(layer.weight, std=deviation)
+            for layer, std, bias in zip(layers, stds, biases, strict=True):
+                nn.init.normal_(layer.weight, std=std)
                 nn.init.constant_(layer.bias, bias)
 
     def hidden(self, images: Tensor) -> Tensor:
@@ -197,9 +192,8 @@ def list_photos(folder: Path) -> list[str]:
     folders = {path.name for path in folder.iterdir() if path.is_dir() and path.name[0] != "."}
     if empty := sorted(folders - classes):
         print(f"no photos in these folders of {folder.name}: {', '.join(empty)}")
-    if others := set(files).difference(photos):
-        counts = Counter(path.suffix or path.name for path in others)
-        kinds = ", ".join(f"{n} {kind}" for kind, n in counts.most_common())
+    if others := Counter(x.suffix or x.name for x in set(files).difference(photos)):
+        kinds = ", ".join(f"{n} {kind}" for kind, n in others.most_common())
         print(f"skipped, no photos of a class, in {folder.name}: {kinds}")
     alike = Counter(class_of(label).casefold() for label in classes)
     if double := sorted(label for label in classes if alike[class_of(label).casefold()] > 1):
@@ -215,21 +209,19 @@ def class_of(name: str) -> str:
 def read_image(path: Path) -> Image.Image:
     """A picture as RGB, turned as its EXIF says, transparency on white; raises InputError."""
     if not path.is_file():  # a pipe might block for ever
-        raise InputError(f"{path}: there is no such photo")
+        raise InputError(f"{path}: no such photo")
     try:
         with Image.open(path, formats=FORMATS) as image:
             image.load()
-            with contextlib.suppress(Exception):  # the picture is whole where its EXIF is broken
+            with contextlib.suppress(Exception):  # the EXIF alone may be broken
                 ImageOps.exif_transpose(image, in_place=True)
-            if image.mode == "F" or image.mode.startswith("I"):  # which convert() clips at 255
-                # No file tells the range of its pixels: 12 bits of 16, or signed, or any float.
+            if image.mode[0] in "FI":  # which convert() clips at 255
+                # No file tells its range: 12 bits of 16, signed, any float.
                 pixels = np.asarray(image, np.float64)
                 low, high = pixels.min(), pixels.max()
                 if not math.isfinite(high - low):
                     raise ValueError("its pixels are no numbers")
-                warnings.warn(
-                    "pictures of over 8 bits are scaled from darkest to brightest", stacklevel=1
-                )
+                warnings.warn("more than 8 bits, scaled from darkest to brightest", stacklevel=1)
                 pixels = (pixels - low) * (255 / max(high - low, 1e-9))
                 image = Image.fromarray(pixels.round().astype(np.uint8))
             if image.has_transparency_data:
@@ -237,7 +229,7 @@ def read_image(path: Path) -> Image.Image:
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return image.convert("RGB")
     except Image.DecompressionBombError as error:
-        raise InputError(f"{path}: too large to be opened safely; scale it down") from error
+        raise InputError(f"{path}: too large to open safely; scale it down") from error
     except Exception as error:  # on a broken file Pillow raises almost any type
         if is_out_of_memory(error):
             raise
@@ -245,7 +237,7 @@ def read_image(path: Path) -> Image.Image:
 
 
 def read_square(path: Path, size: int = IMAGE_SIZE) -> np.ndarray:
-    """The central square of a picture, scaled to size x size (section 2): uint8 (size, size, 3)."""
+    """The central square of a picture (section 2): uint8 (size, size, 3)."""
     return np.asarray(ImageOps.fit(read_image(path), (size, size), Image.Resampling.BICUBIC))
 
 
@@ -270,9 +262,8 @@ def to_float(pixels: Tensor) -> Tensor:
 
 def views_of(images: Tensor, ten: bool) -> list[Tensor]:
     """Of (N, 3, 256, 256) the central 224 x 224; ten: and the corners, all mirrored (4.1)."""
-    views = []
-    for y, x in ((16, 16), (0, 0), (0, 32), (32, 0), (32, 32))[: 5 if ten else 1]:
-        views.append(images[:, :, y : y + CROP_SIZE, x : x + CROP_SIZE])
+    places = ((16, 16), (0, 0), (0, 32), (32, 0), (32, 32))[: 5 if ten else 1]
+    views = [images[:, :, y : y + CROP_SIZE, x : x + CROP_SIZE] for y, x in places]
     return views + [view.flip(3) for view in views if ten]
 
 
@@ -319,13 +310,13 @@ def one_line_errors(out_of_memory: str = "end other programs", stopped: str = ""
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of that name; "auto": CUDA or MPS where there is one, else the CPU."""
+    """The device; "auto": CUDA or MPS where there is one, else the CPU."""
     if name == "auto":
         name = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     try:
         torch.ones(1, device=name).add_(1).item()  # fails on a card that torch has no code for
     except Exception as error:  # of almost any type
-        reason = str(error).partition("\n")[0]
+        reason = str(error).split("\n")[0]
         raise InputError(f"--device {name}: {reason}; --device cpu works everywhere") from error
     if name.startswith("cuda"):
         torch.backends.cudnn.benchmark = True  # most batches have one shape
@@ -342,10 +333,9 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
         if major == 7:  # Volta and Turing
             return torch.float16
         return torch.bfloat16 if major >= 8 else torch.float32
-    tell = getattr(torch.cpu, "get_capabilities", dict)  # torch 2.10 has none, and takes float32
-    has = tell() if device.type == "cpu" else {}
-    has_bfloat16 = any(has.get(kind) for kind in ("avx512_bf16", "amx_bf16", "bf16"))
-    return torch.bfloat16 if has_bfloat16 else torch.float32
+    has = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.10 cannot tell: float32
+    native = device.type == "cpu" and any(map(has.get, ("avx512_bf16", "amx_bf16", "bf16")))
+    return torch.bfloat16 if native else torch.float32
 
 
 def keep_large_blocks() -> None:
@@ -358,7 +348,7 @@ def keep_large_blocks() -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write to, which takes the place of `path` once it is whole."""
+    """A file to write to, which replaces `path` once it is whole."""
     partial = temporary_path(path)
     try:
         with open(partial, "wb") as file:
@@ -382,7 +372,7 @@ def temporary_path(path: Path) -> Path:
 
 
 def load_tensors(path: Path) -> dict[str, Any]:
-    """What torch.save wrote, on the CPU: tensors and plain values only, no code."""
+    """What torch.save wrote, on the CPU: tensors and plain values, no code."""
     if not path.exists():
         raise InputError(f"there is no {path}; train.py makes it")
     with open(path, "rb") as file:
@@ -395,7 +385,7 @@ def load_tensors(path: Path) -> dict[str, Any]:
 
 
 def load_network(path: Path) -> AlexNet:
-    """The network whose state_dict is in AlexNet.pth, on the CPU, in eval mode."""
+    """The network of AlexNet.pth, on the CPU, in eval mode."""
     state = load_tensors(path)
     try:
         classes, groups = len(state["classifier.6.bias"]), 96 // state["features.5.weight"].shape[1]
@@ -403,13 +393,13 @@ def load_network(path: Path) -> AlexNet:
             net = AlexNet(classes, groups)
         net.load_state_dict(state, assign=True)
     except Exception as error:  # whatever such a file may hold
-        raise InputError(f"{path} is no AlexNet.pth that train.py wrote") from error
+        raise InputError(f"{path} is no AlexNet.pth of train.py") from error
     return net.float().eval()
 
 
-def load_classes(weights: Path, n: int) -> list[str]:
-    """The names of the n classes of these weights, from the class_idx.json beside them."""
-    path = weights.with_name("class_idx.json")
+def load_classes(weights: Path, net: AlexNet) -> list[str]:
+    """The classes of the network of these weights, from the class_idx.json beside them."""
+    path, n = weights.with_name("class_idx.json"), net.classifier[-1].out_features
     try:
         index = json.loads(path.read_bytes())
         classes = [str(index[str(i)]) for i in range(len(index))]

@@ -41,7 +41,7 @@ MOST_DRAWN = 24  # photos in a figure
 CJK = ("Noto Sans CJK SC", "Microsoft YaHei", "PingFang SC", "Hiragino Sans", "Malgun Gothic")
 matplotlib.rcParams |= {"font.family": ["sans-serif", *CJK], "text.parse_math": False}
 if "IPython" not in sys.modules and os.environ.get("MPLBACKEND", "").startswith("module:"):
-    matplotlib.use("agg")  # for that of the notebook which has started this script
+    matplotlib.use("agg")  # a notebook's own, inherited, may be missing here
 logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", "Glyph .* missing from")
 
@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     with alexnet.one_line_errors("end other programs, or leave the card with --device cpu"):
         device = alexnet.pick_device(args.device)
         net = alexnet.load_network(args.weights)
-        classes = alexnet.load_classes(args.weights, net.classifier[-1].out_features)
+        classes = alexnet.load_classes(args.weights, net)
         net.to(device, memory_format=torch.channels_last)
         files = [file for path in args.photos for file in files_of(path)]
         training = files_of(args.similar) if args.similar else []
@@ -84,26 +84,25 @@ def main(argv: list[str] | None = None) -> int:
 def files_of(path: Path) -> list[Path]:
     """The file, the pictures in a folder, or those of a pattern, which Windows leaves to us."""
     if path.is_dir():
-        files = image_files(path)
-        if not files:
+        if not (files := image_files(path)):
             raise InputError(f"there are no pictures in the folder {path}")
         return files
     return [path] if path.exists() else sorted(map(Path, glob.glob(str(path)))) or [path]
 
 
-def read_batches(files: list[Path], device: torch.device) -> Iterator[tuple[list[Path], Tensor]]:
+def read_batches(files: list[Path], net: AlexNet) -> Iterator[tuple[list[Path], Tensor]]:
     """Paths and images (n, 3, 256, 256), n up to 64, of the files that can be read."""
     photos = alexnet.read_squares(files, "reading")
     while batch := list(itertools.islice(photos, 64)):
         paths, pixels = zip(*batch, strict=True)
-        yield list(paths), alexnet.to_float(torch.from_numpy(np.stack(pixels)).to(device))
+        yield list(paths), alexnet.to_float(torch.from_numpy(np.stack(pixels)).to(net.mean.device))
 
 
 def predict(
     net: AlexNet, classes: list[str], files: list[Path], ten_views: bool, top_k: int
 ) -> Iterator[Answer]:
     """Answer photo by photo, in the order of the files."""
-    for paths, images in read_batches(files, net.mean.device):
+    for paths, images in read_batches(files, net):
         probabilities = alexnet.predict_probabilities(net, images, ten_views)
         best = probabilities.cpu().topk(min(top_k, len(classes)))
         for path, indices, values in zip(paths, best.indices, best.values, strict=True):
@@ -120,19 +119,19 @@ def predict(
 
 @torch.inference_mode()
 def find_similar(net: AlexNet, answers: list[Answer], training: list[Path]) -> list[Answer]:
-    """Add the training photos whose last hidden activations are NEAREST (section 6.1)."""
-    asked, device, found = [Path(answer["path"]) for answer in answers], net.mean.device, []
-    queries = [net.hidden(*alexnet.views_of(x, ten=False)) for _, x in read_batches(asked, device)]
-    for paths, images in read_batches(training if asked else [], device):
+    """Add the NEAREST training photos by their last hidden activations (section 6.1)."""
+    asked, found = [Path(answer["path"]) for answer in answers], []
+    queries = [net.hidden(*alexnet.views_of(x, ten=False)) for _, x in read_batches(asked, net)]
+    for paths, images in read_batches(training if asked else [], net):
         activations = net.hidden(*alexnet.views_of(images, ten=False))
-        # Not by way of a matrix product, which loses the small distances.
+        # Not by a matrix product, which loses small distances.
         exact = {"compute_mode": "donot_use_mm_for_euclid_dist"}
         distances = torch.cdist(activations, torch.cat(queries), **exact).tolist()
         found += zip(paths, distances, strict=True)
     # `found` holds (path, its distances to all that was asked).
-    for number, (answer, itself) in enumerate(zip(answers, asked, strict=True)):
+    for number, answer in enumerate(answers):
         nearest = sorted(found, key=lambda item: item[1][number])[: NEAREST + 1]
-        others = [(path, d[number]) for path, d in nearest if not path.samefile(itself)][:NEAREST]
+        others = [(p, d[number]) for p, d in nearest if not p.samefile(answer["path"])][:NEAREST]
         answer["similar"] = [{"path": str(path), "distance": round(d, 4)} for path, d in others]
     return answers
 
@@ -175,7 +174,7 @@ def print_answers(answers: list[Answer], n_classes: int) -> None:
 
 # ----- figures
 def show(figure: Figure, save: Path | None) -> None:
-    """Into the file `save`; if none is given, in a window or else into prediction.png."""
+    """Into the file `save`, or else in a window, or else into prediction.png."""
     if not save and figure.canvas.required_interactive_framework:
         pyplot.show()
         return
@@ -189,11 +188,10 @@ def show(figure: Figure, save: Path | None) -> None:
 def draw_answers(answers: list[Answer]) -> Figure:
     """Photos beside their likeliest classes and what is similar (the paper's figure 4)."""
     n_similar = max(len(answer.get("similar", ())) for answer in answers)
-    columns = 1 if n_similar else min(3, math.ceil(math.sqrt(len(answers))))
+    columns = 1 if n_similar else min(3, math.ceil(len(answers) ** 0.5))
     rows = math.ceil(len(answers) / columns)
     widths = [1, 1.25, *[1] * n_similar] * columns
-    size = (max(2.2 * sum(widths), 7), 2.4 * rows)  # inches
-    figure = pyplot.figure(figsize=size, layout="constrained")
+    figure = pyplot.figure(figsize=(max(2.2 * sum(widths), 7), 2.4 * rows), layout="constrained")
     axes = figure.subplots(rows, len(widths), squeeze=False, width_ratios=widths)
     places = axes.reshape(rows * columns, -1)  # one for each answer
     for axis in axes.flat:
@@ -221,20 +219,19 @@ def draw_answers(answers: list[Answer]) -> Figure:
 
 def short(name: str) -> str:
     """A name for a figure: of a long one both ends; half letters of odd files as ?."""
-    name = name.encode("utf-8", "replace").decode()
-    return name if len(name) <= 24 else f"{name[:12]}\N{HORIZONTAL ELLIPSIS}{name[-11:]}"
+    name = name.encode(errors="replace").decode()
+    return name if len(name) <= 24 else f"{name[:12]}…{name[-11:]}"
 
 
 def draw_confusion(answers: list[Answer], classes: list[str]) -> Figure:
     """How often which class (row) was taken for which (column), coloured by share."""
-    counts = np.zeros((len(classes), len(classes)), int)
+    counts = np.zeros([len(classes)] * 2, int)
     for answer in answers:
         if "true_class" in answer:
             counts[classes.index(answer["true_class"]), classes.index(answer["class"])] += 1
     totals, right = counts.sum(1), np.trace(counts)
     side = min(0.5 * len(classes), 40)  # inches
-    figure = pyplot.figure(figsize=(side + 3.5, side + 2.5), layout="constrained")
-    axis = figure.subplots()
+    figure, axis = pyplot.subplots(figsize=(side + 3.5, side + 2.5), layout="constrained")
     shares = counts / totals.clip(1)[:, None]
     axis.imshow(shares**0.5, "Blues", vmin=0, vmax=1)  # the root lets rare mistakes be seen
     for row, column in np.argwhere(counts):
@@ -257,7 +254,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
     views = "the centre, or the mean of ten views (default: ten for photos, center for folders)"
     add("--views", choices=("center", "ten"), help=views)
     add("--top-k", type=int, default=5, help="classes told of a photo, 5 at most in figures")
-    add("--similar", type=Path, metavar="FOLDER", help="find the photos in it that are most alike")
+    add("--similar", type=Path, metavar="FOLDER", help="find the photos in it most like these")
     add("--json", action="store_true", help="print one JSON object a line, and draw nothing")
     save = f"draw the photos, {MOST_DRAWN} at most, into this .png, .pdf or .svg, not a window"
     add("--save", type=Path, metavar="FILE", help=save)
@@ -265,7 +262,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
     if args.top_k < 1:
         parser.error("--top-k must be at least 1")
     if args.save and (args.save.suffix not in (".png", ".pdf", ".svg") or args.save in args.photos):
-        parser.error(f"--save {args.save}: a new name, that ends in .png, .pdf or .svg")
+        parser.error(f"--save {args.save}: give a new name ending in .png, .pdf or .svg")
     return args
 
 

@@ -5,8 +5,8 @@
     python split_data.py --source photos.zip --test-rate 0.1 --output other_data
 
 Every class is split at the same rate. One seed gives one split on any machine. Photos are copied,
-never moved; copies of one photo go to one side, what cannot be read is left out and named.
-Nothing is ever replaced: an --output that holds something else is refused.
+never moved; identical ones go to one side, unreadable ones are left out and named. Nothing is
+replaced: an --output that holds something else is refused.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ from tqdm import tqdm
 import alexnet
 from alexnet import InputError, class_of
 
-# The flower photos of TensorFlow's examples: 3,670 photos, 5 classes, CC BY 2.0, 229 MB.
+# Of TensorFlow's examples: 3,670 photos, 5 classes, CC BY 2.0, 229 MB.
 ARCHIVE = Path("flower_photos.tgz")
 URL = "https://storage.googleapis.com/download.tensorflow.org/example_images/flower_photos.tgz"
 SHA256 = "4c54ace7911aaffe13a365c34f650e71dd5bf1be0a58b464e5a7183e3e595d9c"
@@ -41,8 +41,7 @@ def main(argv: list[str] | None = None) -> int:
             download()
         output = args.output.resolve()  # a link to a folder stays one
         output.parent.mkdir(parents=True, exist_ok=True)
-        # Beside the output, so that one rename puts the finished split in its place.
-        scratch = alexnet.temporary_path(output)
+        scratch = alexnet.temporary_path(output)  # beside it: one rename makes it the output
         scratch.mkdir()
         try:
             split(args, scratch)
@@ -56,12 +55,12 @@ def check_places(source: Path, output: Path) -> None:
     """Refuse what is no source, and an output that is neither empty nor a split."""
     if not source.exists() and source != ARCHIVE:
         raise InputError(f"--source {source} does not exist")
-    if source.resolve() in (output.resolve(), *output.resolve().parents):
-        raise InputError(f"--output {output} lies in --source {source}; give one outside of it")
+    if output.resolve().is_relative_to(source.resolve()):
+        raise InputError(f"--output {output} lies in --source {source}; give one outside")
     if os.path.ismount(output):  # nothing can be renamed to it
         raise InputError(f"--output {output} is a mount point; give a folder in it")
-    is_empty = output.is_dir() and not os.listdir(output)
-    if os.path.lexists(output) and not is_empty and not (output / "split.json").is_file():
+    taken = os.listdir(output) if output.is_dir() else os.path.lexists(output)
+    if taken and not (output / "split.json").is_file():
         raise InputError(f"{output} is there already, and no split; give another --output")
 
 
@@ -76,12 +75,13 @@ def download() -> None:
 
 
 def split(args: Namespace, scratch: Path) -> None:
-    top = args.source if args.source.is_dir() else unpack(args.source, scratch / "photos")
-    # The folder whose folders are the classes: the one given, or one deeper in it.
+    top = place = args.source
+    if not top.is_dir():
+        top, place = unpack(top, scratch / "photos"), top.with_suffix("")
+    # The folder of the class folders: the one given, or one deeper in it.
     parents = [path.parent.parent for path in alexnet.image_files(top) if path.parent != top]
     source = Path(os.path.commonpath(parents or [top]))
-    place = top if args.source.is_dir() else args.source.with_suffix("")
-    place /= source.relative_to(top)  # where the user has it, or will once it is unpacked
+    place /= source.relative_to(top)  # where the user has it, or would unpack it
     if source != top and place.exists():  # of an archive that is no surprise
         print(f"the classes are the folders in {place}")
     photos = alexnet.list_photos(source)
@@ -97,8 +97,8 @@ def split(args: Namespace, scratch: Path) -> None:
         same = (args.output / "split.json").read_bytes() == text
         if not same or not all((args.output / name).is_file() for name in record["files"]):
             why = "of other photos, by other options, or not whole; give another --output"
-            raise InputError(f"{args.output} holds another split, {why}, or remove it yourself")
-        return  # this very split is there already
+            raise InputError(f"{args.output} holds another split, {why}, or remove it")
+        return  # it is there already
     for name, side in tqdm(sides.items(), desc="copying", unit="photo", disable=None):
         target = scratch / "split" / side / name
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -106,18 +106,18 @@ def split(args: Namespace, scratch: Path) -> None:
     (scratch / "split" / "split.json").write_bytes(text)
     output = args.output.resolve()
     if output.exists():
-        output.rmdir()  # it is empty, and Windows would not put another in its place
+        output.rmdir()  # it is empty; Windows would not replace it
     os.rename(scratch / "split", output)
 
 
 def unpack(archive: Path, folder: Path) -> Path:
-    """Unpack a .tgz, .tar or .zip into `folder`, a new one, and return that."""
+    """Unpack a .tgz, .tar or .zip into the new `folder`; return that."""
     safe = {} if archive.suffix == ".zip" else {"filter": "data"}  # a .zip is always safe
     folder.mkdir()
     try:
         shutil.unpack_archive(archive, folder, **safe)
     except Exception as error:  # the decompressors raise almost any type
-        way = f"cannot be unpacked ({error}); do that yourself, and give the folder as --source"
+        way = f"cannot be unpacked ({error}); give what it holds, unpacked, as --source"
         raise InputError(f"{archive} is no folder, and {way}") from error
     return folder
 
@@ -138,27 +138,26 @@ def check_classes(photos: list[str], root: Path) -> None:
         raise InputError(f"{root} is split already: {unpack}{way}")
     for label, folders in inner.items():
         if len(folders & inner.keys()) > 1:
-            way = "take it away, or give it as --source"
+            way = "remove it, or give it as --source"
             raise InputError(f"{root / label} seems to be a copy of all classes: {way}")
     if len(inner) < 2:
-        way = "at least 2 are needed: one folder a class, with .jpg, .png or other photos in each"
+        way = "at least 2 are needed: a folder a class, with .jpg, .png or other photos"
         raise InputError(f"{root} has photos of {len(inner)} classes, and {way}")
 
 
 def check_photos(source: Path, photos: list[str]) -> dict[str, str]:
-    """{photo: SHA-256} of those that can be read; photos that are there twice are named."""
-    digests, first = {}, {}  # first: the photo that a digest was seen with first
+    """{photo: SHA-256} of those that can be read; names what is there twice."""
+    digests, first = {}, {}  # {photo: digest}, {digest: its first photo}
     for path, _ in alexnet.read_squares([source / name for name in photos], "checking"):
-        name, digest = path.relative_to(source).as_posix(), hashlib.sha256(path.read_bytes())
-        digests[name] = digest.hexdigest()
-        original = first.setdefault(digests[name], name)
+        name = path.relative_to(source).as_posix()
+        digests[name] = digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        original = first.setdefault(digest, name)
         if class_of(original) != class_of(name):
             print(f"conflict, one photo under two classes: {original} = {name}")
         elif original != name:
             print(f"the same photo twice, kept on one side: {original} = {name}")
     if lost := {*map(class_of, photos)}.difference(map(class_of, digests)):
-        way = "put good photos there, or take these folders away"
-        raise InputError(f"no photo can be read of {', '.join(sorted(lost))}; {way}")
+        raise InputError(f"no photo can be read of {', '.join(sorted(lost))}; remove these folders")
     return digests
 
 
@@ -167,7 +166,7 @@ def assign_sides(digests: dict[str, str], rates: dict[str, float], seed: int) ->
     rng, side_of, too_few = random.Random(seed), {}, []
     for label, names in groupby(digests, class_of):  # names are sorted
         different = list(dict.fromkeys(digests[name] for name in names))
-        # A photo that another class has, too, has its side already.
+        # A photo of two classes may have its side already.
         drawn = [d for d in rng.sample(different, len(different)) if d not in side_of]
         sides = []
         for side, rate in rates.items():
@@ -177,7 +176,7 @@ def assign_sides(digests: dict[str, str], rates: dict[str, float], seed: int) ->
         sides += ["train"] * len(drawn)
         side_of |= zip(drawn, sides, strict=False)
     if too_few:
-        way = "add photos, take these folders away, or change --val-rate and --test-rate"
+        way = "add photos, remove these folders, or change --val-rate and --test-rate"
         raise InputError(f"too few different photos for every side: {', '.join(too_few)}; {way}")
     return {name: side_of[digest] for name, digest in digests.items()}
 
@@ -199,7 +198,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
     add("--test-rate", type=float, default=0.0, help="share set aside for a test (default: 0)")
     add("--seed", type=int, default=0, help="another seed draws another split (default: 0)")
     args = parser.parse_args(argv)
-    if not (args.val_rate > 0 and args.test_rate >= 0 and args.val_rate + args.test_rate < 1):
+    if not 0 < args.val_rate <= args.val_rate + args.test_rate < 1:
         parser.error("--val-rate must be above 0, and together with --test-rate below 1")
     return args
 

@@ -59,12 +59,12 @@ OPTIONS = {
 }
 KEPT = ("recipe", "init", *OPTIONS)  # with these a run is resumed
 WARMUP_EPOCHS = 3  # the learning rate rises to --lr over these
-MAX_LR_DROPS = 3  # section 5: by 10 each, when the validation error stalls; a fourth ends the run
-AVERAGE_EVERY = 8  # steps; at every one it took 3 % of the time on a CPU
-SAVE_PAUSE = 9  # times the last saving's time or more: a card's epoch is a second
+MAX_LR_DROPS = 3  # section 5: by 10 each, where val stalls; a fourth ends the run
+AVERAGE_EVERY = 8  # steps; at each it took 3 % of a CPU's time
+SAVE_PAUSE = 9  # times as long as saving took: a card's epoch is a second
 NAMES = "epoch lr train_loss train_accuracy val_loss val_accuracy seconds images_per_second".split()
 
-warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # nor written
+warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nor written
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -88,12 +88,12 @@ def train(args: Namespace) -> None:
     if not RANK:
         wait_for_others()
     if broken := train_set.broken + val_set.broken:
-        raise InputError(f"{broken} photos cannot be read, those named above; take them away")
+        raise InputError(f"{broken} photos, named above, cannot be read; remove them")
     run = Run(args, train_set, val_set)
     print(f"device   {run.hardware}")
     print(f"photos   {len(train_set):,} to train, {len(val_set):,} to val")
-    least, most = min(train_set.counts), max(train_set.counts)
-    print(f"classes  {len(train_set.classes)}, of {least:,} to {most:,} photos", end="; ")
+    counts = train_set.counts
+    print(f"classes  {len(counts)}, of {min(counts):,} to {max(counts):,} photos", end="; ")
     print(f"always the likeliest: accuracy {max(run.shares):.4f}")
     print(f"network  {sum(p.numel() for p in run.net.parameters()):,} parameters")
     if checkpoint:
@@ -109,8 +109,7 @@ def train(args: Namespace) -> None:
         values = epoch, run.lr, *trained, *validated, time.perf_counter() - start, speed
         row = dict(zip(NAMES, values, strict=True))
         run.history.append(row)
-        # On the starting plateau epochs tie, and ties count as bad: they would lower the learning
-        # rate just where it is needed.
+        # On the starting plateau epochs tie, which would lower the rate just where it is needed.
         if epoch > WARMUP_EPOCHS and not is_on_plateau(run):
             run.scheduler.step(row["val_loss"])
         if is_best := score(row) > run.best:
@@ -130,7 +129,7 @@ def open_checkpoint(args: Namespace) -> dict[str, Any] | None:
     """last.pt for --resume; sets the options of the run in `args`."""
     last, best = args.output / "last.pt", args.output / "AlexNet.pth"
     if not args.resume:
-        ways = "--overwrite replaces it, another --output leaves it alone"
+        ways = "--overwrite replaces it, another --output keeps it"
         for path, way in ((last, "--resume goes on with it, "), (best, "its last.pt is gone, ")):
             if path.exists() and not args.overwrite:
                 raise InputError(f"{path} is an earlier run's: {way}{ways}")
@@ -160,21 +159,19 @@ class Photos:
 
     def __init__(self, folder: Path, output: Path, classes: list[str] | None = None) -> None:
         if not folder.is_dir():
-            way = "split_data.py makes it, from train's photos, too; or give another --data"
-            raise InputError(f"there is no folder {folder}: {way}")
+            raise InputError(f"there is no folder {folder}; split_data.py makes it, or fix --data")
         names = alexnet.list_photos(folder)
         files, labels = [folder / name for name in names], [*map(alexnet.class_of, names)]
         self.classes = classes or sorted(set(labels))
         if len(self.classes) < 2 or not files:
             raise InputError(f"{folder} has photos of {len(set(labels))} classes, and 2 are needed")
         if unknown := sorted(set(labels).difference(self.classes)):
-            way = "take that away, or put photos of it into train"
+            way = "remove it, or put photos of it into train"
             raise InputError(f"{folder} has a class that train lacks, {', '.join(unknown)}: {way}")
         index = {label: i for i, label in enumerate(self.classes)}
         self.labels = torch.tensor([index[label] for label in labels])  # int64 (N,)
         self.counts = torch.bincount(self.labels, minlength=len(index)).tolist()  # by class
-        # Other photos get another name. A run knows its photos by names and sizes alone: a copy
-        # on another machine has other times.
+        # Runs know photos by name and size, as copying changes times; the .npy goes by times, too.
         stats = [path.stat() for path in files]
         facts = [(name, s.st_size) for name, s in zip(names, stats, strict=True)]
         self.digest = hashlib.sha256(repr(facts).encode()).hexdigest()
@@ -253,7 +250,7 @@ def draw_crops(n: int, crop_area: float, device: torch.device) -> Tensor:
 
 def augment(images: Tensor, crops: Tensor, shifts: Tensor) -> Tensor:
     """Cut crops (n, 2, 3) out of images (n, 3, 256, 256), scale them to 224, shift their colour."""
-    if not len(images):  # a process's share of a batch of fewer photos than processes
+    if not len(images):  # a process's share of a very small batch
         return images.new_empty(0, 3, CROP_SIZE, CROP_SIZE)
     grid = F.affine_grid(crops, [len(images), 3, CROP_SIZE, CROP_SIZE], align_corners=False)
     # MPS lacks padding_mode="border", for which this clamps, and wants contiguous images.
@@ -279,14 +276,14 @@ class Run:
         self.class_weights = weights.float().to(device)
         self.shares = (weights * counts / len(val_set)).tolist()
         self.history: list[dict[str, float]] = []  # a row an epoch
-        self.best = (-1.0, -math.inf)  # the score of the best weights so far
+        self.best = (-1.0, -math.inf)  # the score of the best weights
         self.unsaved: dict[str, Tensor] | None = None  # these, until AlexNet.pth has them
         self.next_save = 0.0  # on time.perf_counter()
         # Every 64th pixel of 2,000 photos, RGB in 0..1.
         some = train_set.pixels[:: math.ceil(len(train_set) / 2000), ::8, ::8].reshape(-1, 3) / 255
         covariance = torch.cov(some.T.double())
-        # Section 4.1: RGB is shifted along the principal components of the training pixels, by
-        # their deviations as in the 2012 source, where the paper prints variances.
+        # Section 4.1: colours shift along the principal components of the pixels, by their
+        # deviations as in the 2012 source; the paper prints variances.
         eigenvalues, eigenvectors = torch.linalg.eigh(covariance)
         self.color_axes = (eigenvectors * eigenvalues.clip(0).sqrt()).float().to(device)
         for photos in (train_set, val_set):
@@ -299,8 +296,7 @@ class Run:
             deviation = covariance.diagonal().clip(1 / 255**2).sqrt()
             self.net.std.copy_(deviation[:, None, None])
         self.net.to(device, memory_format=torch.channels_last)
-        # The average of the weights, which is evaluated and saved.
-        self.average = copy.deepcopy(self.net).eval().requires_grad_(False)
+        self.average = copy.deepcopy(self.net).eval().requires_grad_(False)  # evaluated, saved
         settings = {"momentum": args.momentum, "weight_decay": args.weight_decay, "fused": True}
         self.optimizer = torch.optim.SGD(self.net.parameters(), args.lr, **settings)
         for parameter in self.net.parameters():  # the scaler may skip the first step
@@ -327,16 +323,15 @@ class Run:
 
 
 def score(row: dict[str, float]) -> tuple[float, float]:
-    """Orders epochs by their accuracy on val, equal ones by their loss."""
+    """Orders epochs by accuracy on val, equal ones by loss."""
     return row["val_accuracy"], -row["val_loss"]
 
 
 def resume(run: Run, checkpoint: dict[str, Any]) -> None:
-    """Set a new run to where last.pt left it; the best weights so far are in AlexNet.pth."""
+    """Set a run to where last.pt left it; its best weights are in AlexNet.pth."""
     last = run.args.output / "last.pt"
     if checkpoint.get("photos") != run.train_set.digest:
-        way = "put its own back, or start anew by --overwrite"
-        raise InputError(f"{last} is of a run on other photos than {run.args.data}'s; {way}")
+        raise InputError(f"{last} is of a run on other photos; give its --data, or --overwrite")
     try:
         for name in run.PARTS:
             if checkpoint[name]:  # empty: of a scaler that was off
@@ -354,10 +349,10 @@ def resume(run: Run, checkpoint: dict[str, Any]) -> None:
 
 def start_from(run: Run) -> None:
     """Take over the weights of --init; of its last layer only for the same classes."""
-    path, classes = Path(run.args.init), run.train_set.classes
+    path = Path(run.args.init)
     net = alexnet.load_network(path)
     state = net.state_dict()
-    if alexnet.load_classes(path, net.classifier[-1].out_features) != classes:
+    if alexnet.load_classes(path, net) != run.train_set.classes:
         del state["classifier.6.weight"], state["classifier.6.bias"]
     try:
         run.net.load_state_dict(state, strict=False)
@@ -376,8 +371,8 @@ def best_network(run: Run) -> AlexNet:
 
 
 def train_one_epoch(run: Run, epoch: int) -> tuple[float, float]:
-    """One pass over the training set; returns its mean loss and accuracy, in training mode."""
-    # What is random follows from seed and epoch, so resuming needs no other state.
+    """One pass over the photos; returns the mean loss and accuracy, in training mode."""
+    # Seed and epoch tell all that is random, so resuming needs no other state.
     args, seed = run.args, run.args.seed * 1_000_000 + epoch
     # Every photo once, in random order; by --balance those of rare classes more often.
     weights = torch.tensor(run.train_set.counts)[run.train_set.labels] ** -args.balance
@@ -385,7 +380,7 @@ def train_one_epoch(run: Run, epoch: int) -> tuple[float, float]:
     order = weights.multinomial(len(weights), args.balance > 0, generator=generator)
     torch.manual_seed(seed + (RANK << 40))
     batches = order.split(args.batch_size)
-    totals, seen = torch.zeros(2, device=run.device), 0  # loss and right answers, summed
+    totals, seen = torch.zeros(2, device=run.device), 0
     run.net.train()
     bar = tqdm(batches, desc=f"epoch {epoch}", unit="batch", leave=False, disable=NO_BAR)
     for number, batch in enumerate(bar, start=1):
@@ -414,12 +409,12 @@ def train_one_batch(run: Run, batch: Tensor) -> Tensor:
         for x, y in zip(images.tensor_split(pieces), targets.tensor_split(pieces), strict=True):
             logits, smoothing = run.net(x).float(), run.args.label_smoothing
             loss = F.cross_entropy(logits, y, reduction="sum", label_smoothing=smoothing)
-            # Divided by the whole batch, so that the pieces' gradients add up to its own.
+            # By the size of the whole batch, so that the pieces' gradients add up.
             run.scaler.scale(loss / len(batch)).backward()
             totals += torch.stack([loss.detach(), (logits.argmax(1) == y.argmax(1)).sum()])
     if WORLD_SIZE > 1:
-        for parameter in run.net.parameters():
-            dist.all_reduce(parameter.grad)
+        for p in run.net.parameters():
+            dist.all_reduce(p.grad)
     run.scaler.step(run.optimizer)
     run.scaler.update()
     run.optimizer.zero_grad()
@@ -435,7 +430,7 @@ def update_average(run: Run, steps: int, total: int) -> None:
 
 
 def evaluate(run: Run, net: AlexNet, ten_views: bool = False) -> tuple[float, float]:
-    """Loss and accuracy on val, by the central view or by the mean of ten views."""
+    """Loss and accuracy on val, by the central view or the mean of ten."""
     photos, totals = run.val_set, torch.zeros(2, device=run.device)
     batches = torch.arange(len(photos))[RANK::WORLD_SIZE].split(64)
     for batch in tqdm(batches, desc="evaluating", leave=False, disable=NO_BAR):
@@ -444,7 +439,7 @@ def evaluate(run: Run, net: AlexNet, ten_views: bool = False) -> tuple[float, fl
             images = alexnet.to_float(pixels)
             probabilities = alexnet.predict_probabilities(net, images, ten_views)
         losses = F.nll_loss(probabilities.clamp(min=1e-12).log(), labels, reduction="none")
-        found = torch.stack([losses, (probabilities.argmax(1) == labels)])
+        found = torch.stack([losses, probabilities.argmax(1) == labels])
         totals += (found * run.class_weights[labels]).sum(1)
     return mean_over_processes(totals, len(photos), "validation")
 
@@ -461,10 +456,10 @@ def is_on_plateau(run: Run) -> bool:
 # ----- files
 def save(run: Run) -> None:
     """Write new best weights, then last.pt: a kill in between repeats epochs."""
-    output, labels, start = run.args.output, run.train_set.classes, time.perf_counter()
+    output, start = run.args.output, time.perf_counter()
     if run.unsaved:
         with replacing(output / "class_idx.json") as file:
-            file.write(json.dumps(dict(enumerate(labels)), indent=1).encode())
+            file.write(json.dumps(dict(enumerate(run.train_set.classes)), indent=1).encode())
         with replacing(output / "AlexNet.pth") as file:
             torch.save(run.unsaved, file)
         run.unsaved = None
@@ -476,7 +471,7 @@ def save(run: Run) -> None:
             file.writelines(f"{','.join(row)}\n".encode() for row in rows)
         with replacing(output / "curves.png") as file:
             draw_curves(run.history, max(run.shares)).savefig(file, format="png")
-    except OSError as error:  # on Windows one that another program has open
+    except OSError as error:  # on Windows one that is open elsewhere
         print(f"warning: {error}", file=sys.stderr)
     run.next_save = time.perf_counter() + SAVE_PAUSE * (time.perf_counter() - start)
 
@@ -492,7 +487,7 @@ def draw_curves(history: list[dict[str, float]], largest_share: float) -> Figure
         label = f"best on val: epoch {best['epoch']}, accuracy {best['val_accuracy']:.3f}"
         axis.plot(best["epoch"], best[f"val_{name}"], "k*", markersize=13, label=label)
         axis.set(xlabel="epoch", title=name)
-        axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+        axis.locator_params("x", integer=True, min_n_ticks=1)
         axis.grid(alpha=0.3)
     label = f"always the largest class: {largest_share:.3f}"
     accuracy.axhline(largest_share, color="tab:red", linestyle="--", linewidth=1, label=label)
@@ -501,7 +496,7 @@ def draw_curves(history: list[dict[str, float]], largest_share: float) -> Figure
 
 
 def report(run: Run) -> None:
-    """Evaluate what is in AlexNet.pth by both kinds of views; write run.json and kernels.png."""
+    """Evaluate AlexNet.pth by both kinds of views; write run.json and kernels.png."""
     weights = run.args.output / "AlexNet.pth"
     if not RANK:
         save(run)
@@ -560,7 +555,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
 
 
 # ----- several processes, a card each, by torchrun
-# Each takes every WORLD_SIZE-th photo of all batches; process 0 alone writes and prints.
+# Each takes every WORLD_SIZE-th photo of a batch; process 0 alone writes and prints.
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 NO_BAR = RANK > 0 or None  # None: a bar where somebody watches
 
@@ -571,7 +566,7 @@ def connect_processes(device: str) -> None:
         cuda = torch.cuda.is_available() and device != "cpu"
         if cuda:
             torch.cuda.set_device(alexnet.pick_device(f"cuda:{os.environ['LOCAL_RANK']}"))
-        patience = timedelta(days=1)  # decoding may take hours, and the others wait for it
+        patience = timedelta(days=1)  # decoding may take hours
         dist.init_process_group("nccl" if cuda else "gloo", timeout=patience)
         atexit.register(dist.destroy_process_group)
     if RANK:
@@ -591,7 +586,7 @@ def mean_over_processes(totals: Tensor, n: int, where: str) -> tuple[float, floa
     # In float32 three of five would be more than 0.6, the largest class's share.
     loss, accuracy = (total / n for total in totals.tolist())
     if not math.isfinite(loss):
-        raise InputError(f"the loss is no number any more ({where}); start with a lower --lr")
+        raise InputError(f"the loss is no number ({where}); start with a lower --lr")
     return loss, accuracy
 
 
