@@ -90,7 +90,7 @@ class LocalResponseNorm(nn.Module):
 
 
 class AlexNet(nn.Module):
-    """The eight layers of the paper: five convolutional, three fully connected (section 3).
+    """The paper's five convolutional and three fully connected layers (section 3).
 
     From images in 0..1, (N, 3, 224, 224), it makes logits, (N, num_classes). It normalises the
     images by its buffers `mean` and `std`, which training measures and stores with the weights.
@@ -106,22 +106,22 @@ class AlexNet(nn.Module):
         self.register_buffer("std", torch.full((3, 1, 1), 0.25))
         self.features = nn.Sequential(
             # In the 2012 code the last filters hang over the right and bottom edges by 3 pixels.
-            nn.ZeroPad2d((0, 3, 0, 3)),  #                             (N,   3, 227, 227)
-            nn.Conv2d(3, 96, 11, stride=4),  #                         (N,  96,  55,  55)
+            nn.ZeroPad2d((0, 3, 0, 3)),  #                       (N,   3, 227, 227)
+            nn.Conv2d(3, 96, 11, stride=4),  #                   (N,  96,  55,  55)
             nn.ReLU(inplace=True),  # section 3.1
             LocalResponseNorm(),
-            nn.MaxPool2d(3, stride=2),  # section 3.4, overlapping     (N,  96,  27,  27)
-            nn.Conv2d(96, 256, 5, padding=2, groups=groups),  #        (N, 256,  27,  27)
+            nn.MaxPool2d(3, stride=2),  # section 3.4            (N,  96,  27,  27)
+            nn.Conv2d(96, 256, 5, padding=2, groups=groups),  #  (N, 256,  27,  27)
             nn.ReLU(inplace=True),
             LocalResponseNorm(),
-            nn.MaxPool2d(3, stride=2),  #                              (N, 256,  13,  13)
-            nn.Conv2d(256, 384, 3, padding=1),  # sees both GPUs       (N, 384,  13,  13)
+            nn.MaxPool2d(3, stride=2),  #                        (N, 256,  13,  13)
+            nn.Conv2d(256, 384, 3, padding=1),  # sees both GPUs (N, 384,  13,  13)
             nn.ReLU(inplace=True),
-            nn.Conv2d(384, 384, 3, padding=1, groups=groups),  #       (N, 384,  13,  13)
+            nn.Conv2d(384, 384, 3, padding=1, groups=groups),  # (N, 384,  13,  13)
             nn.ReLU(inplace=True),
-            nn.Conv2d(384, 256, 3, padding=1, groups=groups),  #       (N, 256,  13,  13)
+            nn.Conv2d(384, 256, 3, padding=1, groups=groups),  # (N, 256,  13,  13)
             nn.ReLU(inplace=True),
-            nn.MaxPool2d(3, stride=2),  #                              (N, 256,   6,   6)
+            nn.MaxPool2d(3, stride=2),  #                        (N, 256,   6,   6)
         )
         self.classifier = nn.Sequential(
             nn.Linear(256 * 6 * 6, 4096),
@@ -167,11 +167,11 @@ def visible_files(folder: Path, above: Iterable[Path] = ()) -> list[Path]:
     """The files below a folder, sorted; links are followed, hidden names left out."""
     here, files = folder.resolve(), []
     above = {*above, here, *here.parents}  # a link to one of them would never end
-    for path in folder.iterdir():
-        if path.is_dir() and path.name[0] != "." and path.resolve() not in above:
-            files += visible_files(path, above)
-        elif not path.is_dir() and path.name[0] != ".":
+    for path in [x for x in folder.iterdir() if x.name[0] != "."]:
+        if not path.is_dir():
             files.append(path)
+        elif path.resolve() not in above:
+            files += visible_files(path, above)
     return sorted(files, key=Path.as_posix)  # Windows sorts paths without case
 
 
@@ -261,7 +261,7 @@ def to_float(pixels: Tensor) -> Tensor:
 
 
 def views_of(images: Tensor, ten: bool) -> list[Tensor]:
-    """Of (N, 3, 256, 256) the central 224 x 224; ten: and the corners, all mirrored (4.1)."""
+    """The central 224 x 224 of (N, 3, 256, 256); ten: the corners, too, and all mirrored (4.1)."""
     places = ((16, 16), (0, 0), (0, 32), (32, 0), (32, 32))[: 5 if ten else 1]
     views = [images[:, :, y : y + CROP_SIZE, x : x + CROP_SIZE] for y, x in places]
     return views + [view.flip(3) for view in views if ten]
@@ -363,7 +363,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def temporary_path(path: Path) -> Path:
-    """A new name beside `path`; removes what programs killed a day ago left there."""
+    """A new name beside `path`; removes what killed programs left a day ago."""
     for old in path.parent.glob(f"{glob.escape(path.name)}.{'[0-9a-f]' * 8}.tmp"):
         with contextlib.suppress(OSError):
             if old.stat().st_mtime < time.time() - 86_400:
@@ -398,7 +398,7 @@ def load_network(path: Path) -> AlexNet:
 
 
 def load_classes(weights: Path, net: AlexNet) -> list[str]:
-    """The classes of the network of these weights, from the class_idx.json beside them."""
+    """The classes of these weights, from the class_idx.json beside them."""
     path, n = weights.with_name("class_idx.json"), net.classifier[-1].out_features
     try:
         index = json.loads(path.read_bytes())

@@ -5,9 +5,9 @@
     python predict.py data/val                         # a table, the accuracy, a confusion matrix
     python predict.py data/val --json > answers.jsonl  # one JSON object a line
 
-The innermost folder with the name of a class tells a photo's true class. A table begins with the
-surest of the wrong answers, which is where wrong labels show. A file that is no picture is named
-on stderr, the others are answered, and the exit status is 1.
+The innermost folder named like a class tells a photo's true class. A table begins with the surest
+wrong answers, where wrong labels show. A file that is no picture is named on stderr, the others
+are answered, and the exit status is 1.
 """
 
 import glob
@@ -125,10 +125,10 @@ def find_similar(net: AlexNet, answers: list[Answer], training: list[Path]) -> l
     for paths, images in read_batches(training if asked else [], net):
         activations = net.hidden(*alexnet.views_of(images, ten=False))
         # Not by a matrix product, which loses small distances.
-        exact = {"compute_mode": "donot_use_mm_for_euclid_dist"}
-        distances = torch.cdist(activations, torch.cat(queries), **exact).tolist()
+        mode = "donot_use_mm_for_euclid_dist"
+        distances = torch.cdist(activations, torch.cat(queries), compute_mode=mode).tolist()
         found += zip(paths, distances, strict=True)
-    # `found` holds (path, its distances to all that was asked).
+    # `found`: (path, its distances to all that was asked).
     for number, answer in enumerate(answers):
         nearest = sorted(found, key=lambda item: item[1][number])[: NEAREST + 1]
         others = [(p, d[number]) for p, d in nearest if not p.samefile(answer["path"])][:NEAREST]
@@ -166,7 +166,7 @@ def print_answers(answers: list[Answer], n_classes: int) -> None:
             print(f"{right[label] / totals[label]:.4f}  {label}: {right[label]} of {totals[label]}")
         mean = sum(right[label] / totals[label] for label in totals) / len(totals)
         print(f"{mean:.4f}  mean over the classes")
-        if n_classes > 5 <= len(known[0]["top"]):  # the paper's own measure
+        if n_classes > 5 <= len(known[0]["top"]):  # the paper's measure
             among = [a["true_class"] in [guess["class"] for guess in a["top"][:5]] for a in known]
             print(f"{sum(among) / len(known):.4f}  top-5 accuracy")
         print(f"{right.total() / len(known):.4f}  accuracy: {right.total()} of {len(known)}")
@@ -197,12 +197,12 @@ def draw_answers(answers: list[Answer]) -> Figure:
     for axis in axes.flat:
         axis.set_axis_off()
     for answer, (photo, bars, *others) in zip(answers, places, strict=False):
-        pictures = [(photo, answer["path"], short(Path(answer["path"]).name))]
-        for axis, similar in zip(others, answer.get("similar", ()), strict=False):
-            title = f"{short(Path(similar['path']).parent.name)}\nat {similar['distance']:.2f}"
-            pictures.append((axis, similar["path"], title))
-        for axis, path, title in pictures:
-            axis.imshow(alexnet.read_square(Path(path), 400))
+        for axis, item in zip([photo, *others], [answer, *answer.get("similar", ())], strict=False):
+            path = Path(item["path"])
+            title = short(path.name)
+            if "distance" in item:
+                title = f"{short(path.parent.name)}\nat {item['distance']:.2f}"
+            axis.imshow(alexnet.read_square(path, 400))
             axis.set_title(title, fontsize=9)
         true_class = answer.get("true_class")
         for row, guess in enumerate(answer["top"][:5]):
@@ -251,9 +251,9 @@ def parse_args(argv: list[str] | None) -> Namespace:
     add("photos", nargs="+", type=Path, metavar="PHOTO", help="photos, or folders of photos")
     add("--weights", type=Path, default=Path("AlexNet.pth"), help="(default: AlexNet.pth)")
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: the fastest there is)")
-    views = "the centre, or the mean of ten views (default: ten for photos, center for folders)"
+    views = "the centre, or the mean of ten (default: ten for photos, center for folders)"
     add("--views", choices=("center", "ten"), help=views)
-    add("--top-k", type=int, default=5, help="classes told of a photo, 5 at most in figures")
+    add("--top-k", type=int, default=5, help="classes told of a photo (default: 5)")
     add("--similar", type=Path, metavar="FOLDER", help="find the photos in it most like these")
     add("--json", action="store_true", help="print one JSON object a line, and draw nothing")
     save = f"draw the photos, {MOST_DRAWN} at most, into this .png, .pdf or .svg, not a window"

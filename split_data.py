@@ -98,7 +98,7 @@ def split(args: Namespace, scratch: Path) -> None:
         if not same or not all((args.output / name).is_file() for name in record["files"]):
             why = "of other photos, by other options, or not whole; give another --output"
             raise InputError(f"{args.output} holds another split, {why}, or remove it")
-        return  # it is there already
+        return  # all is there
     for name, side in tqdm(sides.items(), desc="copying", unit="photo", disable=None):
         target = scratch / "split" / side / name
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -124,7 +124,7 @@ def unpack(archive: Path, folder: Path) -> Path:
 
 def check_classes(photos: list[str], root: Path) -> None:
     """Refuse what is split already, what holds a copy of itself, and a single class."""
-    inner: dict[str, set[str]] = {}  # the folders in every class folder
+    inner: dict[str, set[str]] = {}  # {class: folders in it}
     for label, *rest in (name.split("/") for name in photos):
         inner.setdefault(label, set()).update(rest[:-1][:1])
     kinds = {label.lower(): label for label in inner}
