@@ -52,13 +52,13 @@ OPTIONS = {
     "label_smoothing": (0.1, 0.0, 0, 1, "share of the answer spread over all classes"),
     "patience": (10, 10, 0, 2**20, "lr / 10 after more epochs than this without a lower val loss"),
     "crop_area": (0.25, 0.0, 0, 1, "smallest part of a photo in a crop; 0: 224 x 224 of 256 x 256"),
-    "cutmix": (0.5, 0.0, 0, 1, "share of batches in which a window shows another photo"),
+    "cutmix": (0.5, 0.0, 0, 1, "share of photos with a window that shows another"),
     "balance": (0.0, 0.0, 0, 1, "1: every class counts alike; 0: every photo; also between"),
     "groups": (2, 2, 1, 2, "2: as on the paper's two GPUs; 1: merged, for 1.4 times the time"),
     "seed": (0, 0, 0, 2**32, "of weights, order, crops and dropout"),
 }
 KEPT = ("recipe", "init", *OPTIONS)  # with these a run is resumed
-WARMUP_EPOCHS = 3  # the learning rate rises to --lr over these
+WARMUP_EPOCHS = 3  # the rate rises to --lr over these
 MAX_LR_DROPS = 3  # section 5: by 10 each, where val stalls; a fourth ends the run
 AVERAGE_EVERY = 8  # steps; at each it took 3 % of a CPU's time
 SAVE_PAUSE = 9  # times as long as saving took: a card's epoch is a second
@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def train(args: Namespace) -> None:
     alexnet.keep_large_blocks()
-    connect_processes(args.device)
+    connect_processes(args)
     checkpoint = open_checkpoint(args)
     if RANK:
         wait_for_others()  # process 0 decodes the photos
@@ -85,10 +85,10 @@ def train(args: Namespace) -> None:
     folders = [args.data / name for name in alexnet.VAL_FOLDERS]
     val = next(filter(Path.is_dir, folders), folders[0])
     val_set = Photos(val, args.output, train_set.classes)
-    if not RANK:
-        wait_for_others()
     if broken := train_set.broken + val_set.broken:
         raise InputError(f"{broken} photos, named above, cannot be read; remove them")
+    if not RANK:
+        wait_for_others()
     run = Run(args, train_set, val_set)
     print(f"device   {run.hardware}")
     print(f"photos   {len(train_set):,} to train, {len(val_set):,} to val")
@@ -155,7 +155,7 @@ def open_checkpoint(args: Namespace) -> dict[str, Any] | None:
 
 # ----- the photos
 class Photos:
-    """The photos folder/CLASS/*, decoded once into a file that is mapped into memory."""
+    """The photos folder/CLASS/*, decoded once into a memory-mapped file."""
 
     def __init__(self, folder: Path, output: Path, classes: list[str] | None = None) -> None:
         if not folder.is_dir():
@@ -227,9 +227,10 @@ def make_batch(run: Run, indices: Tensor) -> tuple[Tensor, Tensor]:
     shifts = 0.1 * torch.randn(n, 3, device=run.device) @ run.color_axes.T
     crops = draw_crops(n, run.args.crop_area, run.device)
     images = augment(alexnet.to_float(pixels), crops, shifts)
-    if n and torch.rand(()) < run.args.cutmix:
-        return CutMix(num_classes=n_classes)(images, labels)
-    return images, F.one_hot(labels, n_classes).float()
+    targets, k = F.one_hot(labels, n_classes).float(), round(n * run.args.cutmix)
+    if k:
+        images[:k], targets[:k] = CutMix(num_classes=n_classes)(images[:k], labels[:k])
+    return images, targets
 
 
 def draw_crops(n: int, crop_area: float, device: torch.device) -> Tensor:
@@ -238,13 +239,13 @@ def draw_crops(n: int, crop_area: float, device: torch.device) -> Tensor:
         if crop_area:  # crop_area to 1 of the photo, at an aspect of 3/4 to 4/3
             area = torch.empty(n).uniform_(crop_area, 1)
             aspect = torch.empty(n).uniform_(math.log(3 / 4), math.log(4 / 3)).exp()
-            width, height = (area * aspect).sqrt().clamp(max=1), (area / aspect).sqrt().clamp(max=1)
+            size = torch.stack([area * aspect, area / aspect]).sqrt().clamp(max=1)
             place = torch.rand(2, n)
         else:  # the paper's: 224 x 224 of 256 x 256, at one of 33 x 33 places
-            width = height = torch.full((n,), CROP_SIZE / IMAGE_SIZE)
+            size = torch.full((2, n), CROP_SIZE / IMAGE_SIZE)
             place = torch.randint(IMAGE_SIZE - CROP_SIZE + 1, (2, n)) / (IMAGE_SIZE - CROP_SIZE)
         mirror, zero = torch.randint(2, (n,)) * 2 - 1, torch.zeros(n)
-        x, y = (2 * place - 1) * (1 - torch.stack([width, height]))  # the crop's centre
+        (width, height), (x, y) = size, (2 * place - 1) * (1 - size)  # x, y: the centre
         return torch.stack([mirror * width, zero, x, zero, height, y], dim=1).view(n, 2, 3)
 
 
@@ -269,7 +270,7 @@ class Run:
         self.args, self.train_set, self.val_set = args, train_set, val_set
         self.device = device = alexnet.pick_device(args.device)
         self.options = {name: getattr(args, name) for name in KEPT}
-        # What a photo of each class counts in validation, 1 on average, and the classes' shares.
+        # What a photo of each class counts on val, 1 on average, and the classes' shares.
         counts = torch.tensor(val_set.counts, dtype=torch.float64)
         weights = counts.clip(1) ** -args.balance
         weights *= len(val_set) / (weights @ counts)
@@ -284,23 +285,23 @@ class Run:
         covariance = torch.cov(some.T.double())
         # Section 4.1: colours shift along the principal components of the pixels, by their
         # deviations as in the 2012 source; the paper prints variances.
-        eigenvalues, eigenvectors = torch.linalg.eigh(covariance)
-        self.color_axes = (eigenvectors * eigenvalues.clip(0).sqrt()).float().to(device)
-        for photos in (train_set, val_set):
-            photos.move_to(device)
+        values, vectors = torch.linalg.eigh(covariance)
+        self.color_axes = (vectors * values.clip(0).sqrt()).float().to(device)
+        train_set.move_to(device)
+        val_set.move_to(device)
         torch.manual_seed(args.seed)
         self.net = AlexNet(len(train_set.classes), args.groups)
         self.net.initialize(args.recipe)
         self.net.mean.copy_(some.mean(0)[:, None, None])
         if args.recipe == "default":  # drawings may have no deviation
-            deviation = covariance.diagonal().clip(1 / 255**2).sqrt()
-            self.net.std.copy_(deviation[:, None, None])
+            std = covariance.diagonal().clip(1 / 255**2).sqrt()
+            self.net.std.copy_(std[:, None, None])
         self.net.to(device, memory_format=torch.channels_last)
         self.average = copy.deepcopy(self.net).eval().requires_grad_(False)  # evaluated, saved
         settings = {"momentum": args.momentum, "weight_decay": args.weight_decay, "fused": True}
         self.optimizer = torch.optim.SGD(self.net.parameters(), args.lr, **settings)
-        for parameter in self.net.parameters():  # the scaler may skip the first step
-            self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        for p in self.net.parameters():  # unset where the scaler skips the first step
+            self.optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
         self.scheduler = ReduceLROnPlateau(self.optimizer, patience=args.patience, eps=0)
         precision = alexnet.pick_precision(args.precision, device)
         self.autocast = torch.autocast(device.type, precision, enabled=precision != torch.float32)
@@ -383,7 +384,7 @@ def train_one_epoch(run: Run, epoch: int) -> tuple[float, float]:
     totals, seen = torch.zeros(2, device=run.device), 0
     run.net.train()
     bar = tqdm(batches, desc=f"epoch {epoch}", unit="batch", leave=False, disable=NO_BAR)
-    for number, batch in enumerate(bar, start=1):
+    for number, batch in enumerate(bar, 1):
         if epoch <= WARMUP_EPOCHS:
             warm = (epoch - 1 + number / len(batches)) / WARMUP_EPOCHS
             run.optimizer.param_groups[0]["lr"] = args.lr * warm
@@ -399,7 +400,7 @@ def train_one_epoch(run: Run, epoch: int) -> tuple[float, float]:
 
 
 def train_one_batch(run: Run, batch: Tensor) -> Tensor:
-    """One step of SGD on the photos of these indices; returns (loss, right answers), summed."""
+    """One step of SGD on these photos; returns (loss, right answers), summed."""
     totals = torch.zeros(2, device=run.device)
     images, targets = make_batch(run, batch[RANK::WORLD_SIZE])
     pieces = run.args.accumulate
@@ -423,7 +424,7 @@ def train_one_batch(run: Run, batch: Tensor) -> Tensor:
 
 @torch.no_grad()
 def update_average(run: Run, steps: int, total: int) -> None:
-    """Move the average of the weights on by some steps: at a high rate they circle around it."""
+    """Move the average of the weights on by some steps: at a high rate they circle it."""
     decay = min(run.args.ema, total / (10 + total)) ** steps  # soon forgets the start
     averages, weights = list(run.average.parameters()), list(run.net.parameters())
     torch._foreach_lerp_(averages, weights, 1 - decay)
@@ -436,8 +437,7 @@ def evaluate(run: Run, net: AlexNet, ten_views: bool = False) -> tuple[float, fl
     for batch in tqdm(batches, desc="evaluating", leave=False, disable=NO_BAR):
         pixels, labels = photos.take(batch, run.device)
         with run.autocast:
-            images = alexnet.to_float(pixels)
-            probabilities = alexnet.predict_probabilities(net, images, ten_views)
+            probabilities = alexnet.predict_probabilities(net, alexnet.to_float(pixels), ten_views)
         losses = F.nll_loss(probabilities.clamp(min=1e-12).log(), labels, reduction="none")
         found = torch.stack([losses, probabilities.argmax(1) == labels])
         totals += (found * run.class_weights[labels]).sum(1)
@@ -476,21 +476,21 @@ def save(run: Run) -> None:
     run.next_save = time.perf_counter() + SAVE_PAUSE * (time.perf_counter() - start)
 
 
-def draw_curves(history: list[dict[str, float]], largest_share: float) -> Figure:
+def draw_curves(history: list[dict[str, float]], share: float) -> Figure:
     """Loss and accuracy of both sets by epoch, and the best epoch."""
     figure, best = Figure(figsize=(11, 4.5), layout="constrained"), max(history, key=score)
     loss, accuracy = figure.subplots(1, 2)
     for axis, name in ((loss, "loss"), (accuracy, "accuracy")):
         for side in ("train", "val"):
             values = [row[f"{side}_{name}"] for row in history]
-            axis.plot(range(1, len(history) + 1), values, label=side, marker=".")
+            axis.plot(range(1, len(history) + 1), values, ".-", label=side)
         label = f"best on val: epoch {best['epoch']}, accuracy {best['val_accuracy']:.3f}"
         axis.plot(best["epoch"], best[f"val_{name}"], "k*", markersize=13, label=label)
         axis.set(xlabel="epoch", title=name)
         axis.locator_params("x", integer=True, min_n_ticks=1)
         axis.grid(alpha=0.3)
-    label = f"always the largest class: {largest_share:.3f}"
-    accuracy.axhline(largest_share, color="tab:red", linestyle="--", linewidth=1, label=label)
+    label = f"always the largest class: {share:.3f}"
+    accuracy.axhline(share, color="tab:red", linestyle="--", linewidth=1, label=label)
     figure.legend(*accuracy.get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure
 
@@ -530,11 +530,11 @@ def parse_args(argv: list[str] | None) -> Namespace:
     add("--output", type=Path, default=Path(), help="the folder to write into (default: this)")
     way = parser.add_mutually_exclusive_group().add_argument
     way("--resume", action="store_true", help="go on with the run in --output, with its options")
-    way("--overwrite", action="store_true", help="replace the run in --output by a new one")
+    way("--overwrite", action="store_true", help="replace the run in --output")
     add("--epochs", type=int, default=90, help="passes over the photos, at most (default: 90)")
     add("--accumulate", type=int, default=1, help="pieces of a batch, to save memory (default: 1)")
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: the fastest there is)")
-    precision = "of the products; auto: bfloat16 where it is native, float16 on older CUDA cards"
+    precision = "auto: bfloat16 where it is native, float16 on older CUDA cards"
     choices = ("auto", "float32", "bfloat16", "float16")
     add("--precision", choices=choices, default="auto", help=precision)
     init = "weights to start from; with a new last layer where their classes differ"
@@ -560,12 +560,13 @@ RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZ
 NO_BAR = RANK > 0 or None  # None: a bar where somebody watches
 
 
-def connect_processes(device: str) -> None:
+def connect_processes(args: Namespace) -> None:
     """NCCL carries the gradients between CUDA cards, gloo between CPUs."""
     if WORLD_SIZE > 1:
-        cuda = torch.cuda.is_available() and device != "cpu"
+        cuda = torch.cuda.is_available() and args.device != "cpu"
         if cuda:
-            torch.cuda.set_device(alexnet.pick_device(f"cuda:{os.environ['LOCAL_RANK']}"))
+            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(alexnet.pick_device(args.device))
         patience = timedelta(days=1)  # decoding may take hours
         dist.init_process_group("nccl" if cuda else "gloo", timeout=patience)
         atexit.register(dist.destroy_process_group)

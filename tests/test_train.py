@@ -257,15 +257,15 @@ def test_targets_are_the_shares_of_the_pixels_with_and_without_cutmix(few, tmp_p
     torch.manual_seed(0)
     n_mixed = 0
     for _ in range(40):
-        batch = torch.randperm(5)[:3]
+        batch = torch.randperm(5)[:4]  # of which two are mixed with one another
         images, targets = train.make_batch(run, batch)
         differences = images.permute(0, 2, 3, 1)[..., None, :] - torch.tensor(colors) / 255
         shown = differences.abs().amax(-1) < 1e-4  # which of the five photos each pixel is of
         torch.testing.assert_close(targets, shown.float().mean((1, 2)), rtol=0, atol=1e-5)
         assert (targets[:, batch].sum(1) - 1).abs().max() < 1e-5
-        n_mixed += int(targets.max() < 1)
-        assert targets.max() < 1 or (targets.argmax(1) == batch).all()
-    assert 10 < n_mixed < 30
+        assert (targets[2:].argmax(1) == batch[2:]).all() and (targets[2:].max(1)[0] == 1).all()
+        n_mixed += int(targets[:2].max() < 1)
+    assert n_mixed > 30  # a window may also be empty, or the whole photo
 
 
 def test_warm_up_and_draws_follow_from_the_seed_and_the_epoch(few, tmp_path, monkeypatch):
