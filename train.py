@@ -114,7 +114,7 @@ def train(args: Namespace) -> None:
             run.scheduler.step(row["val_loss"])
         if is_best := score(row) > run.best:
             run.best, run.unsaved = score(row), copy.deepcopy(run.average.state_dict())
-        if not RANK and time.perf_counter() > run.next_save:
+        if not (RANK or run.is_over) and time.perf_counter() > run.next_save:  # else report saves
             save(run)
         line = "{:5} {:8.2g}   {:10.4f}  {:8.4f}   {:8.4f}  {:8.4f}   {:7.1f}  {:8.1f}"
         print(line.format(*values) + ("  best" if is_best else ""), flush=True)
