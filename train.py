@@ -35,7 +35,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import ReduceLROnPlateau
-from torchvision.transforms.v2 import CutMix
+from torchvision.transforms.v2 import CutMix, MixUp
 from torchvision.utils import save_image
 from tqdm import tqdm
 
@@ -52,7 +52,7 @@ OPTIONS = {
     "label_smoothing": (0.1, 0.0, 0, 1, "share of the answer spread over all classes"),
     "patience": (10, 10, 0, 2**20, "lr / 10 after more epochs than this without a lower val loss"),
     "crop_area": (0.25, 0.0, 0, 1, "smallest part of a photo in a crop; 0: 224 x 224 of 256 x 256"),
-    "cutmix": (0.5, 0.0, 0, 1, "share of photos with a window that shows another"),
+    "mix": (0.5, 0.0, 0, 1, "share of photos mixed with others, by CutMix and by mixup"),
     "balance": (0.0, 0.0, 0, 1, "1: every class counts alike; 0: every photo; also between"),
     "groups": (2, 2, 1, 2, "2: as on the paper's two GPUs; 1: merged, for 1.4 times the time"),
     "seed": (0, 0, 0, 2**32, "of weights, order, crops and dropout"),
@@ -227,9 +227,11 @@ def make_batch(run: Run, indices: Tensor) -> tuple[Tensor, Tensor]:
     shifts = 0.1 * torch.randn(n, 3, device=run.device) @ run.color_axes.T
     crops = draw_crops(n, run.args.crop_area, run.device)
     images = augment(alexnet.to_float(pixels), crops, shifts)
-    targets, k = F.one_hot(labels, n_classes).float(), round(n * run.args.cutmix)
-    if k:
-        images[:k], targets[:k] = CutMix(num_classes=n_classes)(images[:k], labels[:k])
+    targets, k = F.one_hot(labels, n_classes).float(), round(n * run.args.mix)
+    if k:  # half of these get a window that shows another, half are blended with another
+        cutmix, mixup = CutMix(num_classes=n_classes), MixUp(alpha=0.2, num_classes=n_classes)
+        for part, mix in ((slice(k - k // 2), cutmix), (slice(k - k // 2, k), mixup)):
+            images[part], targets[part] = mix(images[part], labels[part])
     return images, targets
 
 

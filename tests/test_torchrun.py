@@ -56,7 +56,7 @@ def test_two_processes_equal_one_and_one_resumes_what_two_began(tmp_path, monkey
             Image.fromarray(noise).save(folder / f"{i}.png")
     one, two, script = tmp_path / "one", tmp_path / "two", tmp_path / "script.py"
     script.write_text(SCRIPT)
-    options = ["--data", str(tmp_path / "data"), "--batch-size", "5", "--cutmix", "0"]
+    options = ["--data", str(tmp_path / "data"), "--batch-size", "5", "--mix", "0"]
     options += ["--precision", "float32", "--device", "cpu", "--lr", "1e-5", "--output"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(script)]
     result = subprocess.run(
