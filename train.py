@@ -112,8 +112,8 @@ def train(args: Namespace) -> None:
         # On the starting plateau epochs tie, which would lower the rate just where it is needed.
         if epoch > WARMUP_EPOCHS and not is_on_plateau(run):
             run.scheduler.step(row["val_loss"])
-        if is_best := score(row) > run.best:
-            run.best, run.unsaved = score(row), copy.deepcopy(run.average.state_dict())
+        if is_best := row["val_loss"] < run.lowest:
+            run.lowest, run.unsaved = row["val_loss"], copy.deepcopy(run.average.state_dict())
         if not (RANK or run.is_over) and time.perf_counter() > run.next_save:  # else report saves
             save(run)
         line = "{:5} {:8.2g}   {:10.4f}  {:8.4f}   {:8.4f}  {:8.4f}   {:7.1f}  {:8.1f}"
@@ -279,7 +279,7 @@ class Run:
         self.class_weights = weights.float().to(device)
         self.shares = (weights * counts / len(val_set)).tolist()
         self.history: list[dict[str, float]] = []  # a row an epoch
-        self.best = (-1.0, -math.inf)  # the score of the best weights
+        self.lowest = math.inf  # val loss, of the best weights
         self.unsaved: dict[str, Tensor] | None = None  # these, until AlexNet.pth has them
         self.next_save = 0.0  # on time.perf_counter()
         # Every 64th pixel of 2,000 photos, RGB in 0..1.
@@ -325,9 +325,9 @@ class Run:
         return facts | {name: getattr(self, name).state_dict() for name in self.PARTS}
 
 
-def score(row: dict[str, float]) -> tuple[float, float]:
-    """Orders epochs by accuracy on val, equal ones by loss."""
-    return row["val_accuracy"], -row["val_loss"]
+def best_epoch(history: list[dict[str, float]]) -> dict[str, float]:
+    """The row of the lowest val loss: on few photos accuracy is the noisier judge."""
+    return min(history, key=lambda row: row["val_loss"])
 
 
 def resume(run: Run, checkpoint: dict[str, Any]) -> None:
@@ -343,11 +343,11 @@ def resume(run: Run, checkpoint: dict[str, Any]) -> None:
     except Exception as error:  # whatever it may hold
         raise InputError(f"{last} is of another train.py; --overwrite starts anew") from error
     try:
-        loss, accuracy = evaluate(run, best_network(run))
-        run.best = accuracy, -loss
+        run.lowest, _ = evaluate(run, best_network(run))
     except InputError as error:
         print(f"{error}; the last epoch's weights take its place")
-        run.best, run.unsaved = score(run.history[-1]), copy.deepcopy(run.average.state_dict())
+        run.lowest = run.history[-1]["val_loss"]
+        run.unsaved = copy.deepcopy(run.average.state_dict())
 
 
 def start_from(run: Run) -> None:
@@ -450,7 +450,7 @@ def is_on_plateau(run: Run) -> bool:
     """Whether no epoch beat the answer that needs no photo, the classes' shares."""
     # Its loss is their entropy; accuracy alone never tells where one class has 95 %.
     entropy = -sum(share * math.log(share) for share in run.shares if share)
-    lowest = min(row["val_loss"] for row in run.history)
+    lowest = best_epoch(run.history)["val_loss"]
     highest = max(row["val_accuracy"] for row in run.history)
     return lowest >= 0.98 * entropy and highest <= max(run.shares) + 1e-6 < 1
 
@@ -480,7 +480,7 @@ def save(run: Run) -> None:
 
 def draw_curves(history: list[dict[str, float]], share: float) -> Figure:
     """Loss and accuracy of both sets by epoch, and the best epoch."""
-    figure, best = Figure(figsize=(11, 4.5), layout="constrained"), max(history, key=score)
+    figure, best = Figure(figsize=(11, 4.5), layout="constrained"), best_epoch(history)
     loss, accuracy = figure.subplots(1, 2)
     for axis, name in ((loss, "loss"), (accuracy, "accuracy")):
         for side in ("train", "val"):
@@ -515,7 +515,7 @@ def report(run: Run) -> None:
         "options": run.options,
         "photos": {"train": run.train_set.counts, "val": run.val_set.counts},
         "epochs": len(run.history),
-        "best_epoch": max(run.history, key=score)["epoch"],
+        "best_epoch": best_epoch(run.history)["epoch"],
         "val_accuracy": {"center-crop": center, "ten-crop": ten},
         "hardware": run.hardware,
     }

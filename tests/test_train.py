@@ -463,7 +463,7 @@ def test_a_run_leaves_its_files_and_nothing_else(two, few):
     first, last = ({name: float(x) for name, x in row.items()} for row in history_of(two))
     assert (first["epoch"], last["epoch"]) == (1, 2)
     assert all(map(math.isfinite, [*first.values(), *last.values()]))
-    best = max(first, last, key=lambda row: (row["val_accuracy"], -row["val_loss"]))
+    best = min(first, last, key=lambda row: row["val_loss"])
     facts = json.loads((two / "run.json").read_text())
     assert facts["val_accuracy"]["center-crop"] == pytest.approx(best["val_accuracy"], abs=1e-6)
     assert (facts["epochs"], facts["best_epoch"]) == (2, best["epoch"])
@@ -481,7 +481,7 @@ def test_a_run_that_ends_is_killed_and_resumed_equals_an_unbroken_one(few, tmp_p
 
     def growing(run: train.Run, net: nn.Module, *views: bool) -> tuple[float, float]:
         grown = net.classifier[6].bias.norm().item()  # so every epoch is the best
-        return evaluate(run, net, *views)[0], grown / (1 + grown)
+        return 1 / (1 + grown), evaluate(run, net, *views)[1]
 
     monkeypatch.setattr(train, "evaluate", growing)
     unbroken = run_train(few, tmp_path / "unbroken", "--epochs", "4")
@@ -499,7 +499,7 @@ def test_a_run_that_ends_is_killed_and_resumed_equals_an_unbroken_one(few, tmp_p
     for name in ("AlexNet.pth", "last.pt"):
         assert same(*(alexnet.load_tensors(x / name) for x in (broken, unbroken))), name
     before = (broken / "AlexNet.pth").read_bytes()
-    monkeypatch.setattr(train, "evaluate", Mock(side_effect=[(1, 0.9), (0, 0.8), (1, 0), (1, 0)]))
+    monkeypatch.setattr(train, "evaluate", Mock(side_effect=[(0.8, 0), (0.9, 1), (1, 0), (1, 0)]))
     run_train(data, broken, "--epochs", "5", "--resume")  # an epoch that is worse
     assert (broken / "AlexNet.pth").read_bytes() == before
 
@@ -516,9 +516,9 @@ def test_resuming_goes_on_without_the_best_weights(two, few, tmp_path, capsys, k
     lines = [x for x in capsys.readouterr().out.splitlines() if "weights take its place" in x]
     assert len(lines) == 1 and str(weights) in lines[0]
     assert {path.name for path in output.iterdir()} == FILES
-    scores = [(float(x["val_accuracy"]), -float(x["val_loss"])) for x in history_of(output)[1:]]
-    assert len(scores) == int(epochs) - 1
-    best = (two, output)[scores.index(max(scores))]  # that of the second epoch, or the third
+    losses = [float(x["val_loss"]) for x in history_of(output)[1:]]
+    assert len(losses) == int(epochs) - 1
+    best = (two, output)[losses.index(min(losses))]  # that of the second epoch, or the third
     average = alexnet.load_tensors(best / "last.pt")["average"]
     assert same(dict(alexnet.load_network(weights).state_dict()), dict(average))
 
@@ -526,7 +526,7 @@ def test_resuming_goes_on_without_the_best_weights(two, few, tmp_path, capsys, k
 def test_saving_takes_a_tenth_of_the_time_at_most(few, tmp_path, monkeypatch):
     """The best weights wait in memory, and all is written at the end."""
     monkeypatch.setattr(train, "SAVE_PAUSE", 1e9)
-    results = [(0.6, accuracy) for accuracy in (0.2, 0.9, 0.8, 0.9, 0.9)]  # then of both views
+    results = [(0.9, 0.5), (0.2, 0.6), (0.3, 0.7), (0.2, 0.6), (0.2, 0.6)]  # then of both views
     averages, written = [], []
 
     def evaluate(run: train.Run, net: nn.Module, ten_views: bool = False) -> tuple[float, float]:
@@ -584,14 +584,14 @@ def test_a_full_disk_is_one_line_and_leaves_whole_files(two, few, tmp_path, monk
 
 def test_curves_mark_the_best_epoch_and_the_largest_class():
     names = ("epoch", "val_accuracy", "val_loss", "train_accuracy", "train_loss")
-    columns = (range(1, 5), [0.2, 0.5, 0.9, 0.7], [3, 5, 1, 4], [0.4] * 4, [6] * 4)
+    columns = (range(1, 5), [0.2, 0.5, 0.7, 0.9], [3, 5, 1, 4], [0.4] * 4, [6] * 4)
     history = [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
     figure = train.draw_curves(history, 0.245)
     for axis, name in zip(figure.axes, ("loss", "accuracy"), strict=True):
         lines = {line.get_label(): line.get_xydata().tolist() for line in axis.lines}
         for side in ("train", "val"):
             assert lines[side] == [[row["epoch"], row[f"{side}_{name}"]] for row in history]
-        assert lines["best on val: epoch 3, accuracy 0.900"] == [[3, history[2][f"val_{name}"]]]
+        assert lines["best on val: epoch 3, accuracy 0.700"] == [[3, history[2][f"val_{name}"]]]
     assert {y for _, y in lines["always the largest class: 0.245"]} == {0.245}
     assert {text.get_text() for text in figure.legends[0].get_texts()} == {*lines}
 
