@@ -50,8 +50,10 @@ OPTIONS = {
     "weight_decay": (0.0005, 0.0005, 0, 1, "of SGD"),
     "ema": (0.99, 0.0, 0, 1, "decay of the average of the weights, which is saved"),
     "label_smoothing": (0.1, 0.0, 0, 1, "share of the answer spread over all classes"),
-    "patience": (10, 10, 0, 2**20, "lr / 10 after more epochs than this without a lower val loss"),
+    "patience": (10, 10, 0, 2**20, "lr / 10 if val loss takes more epochs than this to fall 1/100"),
     "crop_area": (0.25, 0.0, 0, 1, "smallest part of a photo in a crop; 0: 224 x 224 of 256 x 256"),
+    "rotation": (30.0, 0.0, 0, 180, "degrees by which crops turn, at most"),
+    "jitter": (0.4, 0.0, 0, 1, "by which brightness, contrast and saturation change, at most"),
     "mix": (0.5, 0.0, 0, 1, "share of photos mixed with others, by CutMix and by mixup"),
     "balance": (0.0, 0.0, 0, 1, "1: every class counts alike; 0: every photo; also between"),
     "groups": (2, 2, 1, 2, "2: as on the paper's two GPUs; 1: merged, for 1.4 times the time"),
@@ -59,6 +61,7 @@ OPTIONS = {
 }
 KEPT = ("recipe", "init", *OPTIONS)  # with these a run is resumed
 WARMUP_EPOCHS = 3  # the rate rises to --lr over these
+RAMP_EPOCHS = 60  # --rotation and --jitter rise over these, as in full they slow the start
 MAX_LR_DROPS = 3  # section 5: by 10 each, where val stalls; a fourth ends the run
 AVERAGE_EVERY = 8  # steps; at each it took 3 % of a CPU's time
 SAVE_PAUSE = 9  # times as long as saving took: a card's epoch is a second
@@ -224,9 +227,10 @@ def make_batch(run: Run, indices: Tensor) -> tuple[Tensor, Tensor]:
     """Images (n, 3, 224, 224) in 0..1 and targets (n, classes), augmented, on the device."""
     n, n_classes = len(indices), len(run.train_set.classes)
     pixels, labels = run.train_set.take(indices, run.device)
-    shifts = 0.1 * torch.randn(n, 3, device=run.device) @ run.color_axes.T
-    crops = draw_crops(n, run.args.crop_area, run.device)
-    images = augment(alexnet.to_float(pixels), crops, shifts)
+    strength = min(1, len(run.history) / RAMP_EPOCHS)
+    crops = draw_crops(n, run.args.crop_area, strength * run.args.rotation, run.device)
+    colors = draw_colors(n, run.color_axes, strength * run.args.jitter)
+    images = augment(alexnet.to_float(pixels), crops, *colors)
     targets, k = F.one_hot(labels, n_classes).float(), round(n * run.args.mix)
     if k:  # half of these get a window that shows another, half are blended with another
         cutmix, mixup = CutMix(num_classes=n_classes), MixUp(alpha=0.2, num_classes=n_classes)
@@ -235,7 +239,7 @@ def make_batch(run: Run, indices: Tensor) -> tuple[Tensor, Tensor]:
     return images, targets
 
 
-def draw_crops(n: int, crop_area: float, device: torch.device) -> Tensor:
+def draw_crops(n: int, crop_area: float, rotation: float, device: torch.device) -> Tensor:
     """Affine matrices (n, 2, 3) from crops to their places in the photos, both in -1..1."""
     with device:  # where all is drawn
         if crop_area:  # crop_area to 1 of the photo, at an aspect of 3/4 to 4/3
@@ -246,20 +250,31 @@ def draw_crops(n: int, crop_area: float, device: torch.device) -> Tensor:
         else:  # the paper's: 224 x 224 of 256 x 256, at one of 33 x 33 places
             size = torch.full((2, n), CROP_SIZE / IMAGE_SIZE)
             place = torch.randint(IMAGE_SIZE - CROP_SIZE + 1, (2, n)) / (IMAGE_SIZE - CROP_SIZE)
-        mirror, zero = torch.randint(2, (n,)) * 2 - 1, torch.zeros(n)
+        mirror, angle = torch.randint(2, (n,)) * 2 - 1, rotation * (2 * torch.rand(n) - 1)
         (width, height), (x, y) = size, (2 * place - 1) * (1 - size)  # x, y: the centre
-        return torch.stack([mirror * width, zero, x, zero, height, y], dim=1).view(n, 2, 3)
+        sin, cos = angle.deg2rad().sin(), angle.deg2rad().cos()
+        rows = mirror * width * cos, -height * sin, x, mirror * width * sin, height * cos, y
+        return torch.stack(rows, dim=1).view(n, 2, 3)
 
 
-def augment(images: Tensor, crops: Tensor, shifts: Tensor) -> Tensor:
-    """Cut crops (n, 2, 3) out of images (n, 3, 256, 256), scale them to 224, shift their colour."""
+def draw_colors(n: int, axes: Tensor, jitter: float) -> tuple[Tensor, Tensor]:
+    """Matrices (n, 3, 3) and shifts (n, 3, 1) that change the colours in 0..1 of n photos."""
+    with axes.device:
+        shifts = 0.1 * torch.randn(n, 3) @ axes.T  # the paper's
+        brightness, contrast, saturation = 1 + jitter * (2 * torch.rand(3, n, 1, 1) - 1)
+        matrices = brightness * contrast * (saturation * torch.eye(3) + (1 - saturation) / 3)
+        return matrices, shifts[:, :, None] + brightness * (1 - contrast) / 2
+
+
+def augment(images: Tensor, crops: Tensor, matrices: Tensor, shifts: Tensor) -> Tensor:
+    """Cut crops (n, 2, 3) out of images (n, 3, 256, 256), scale them to 224, change colours."""
     if not len(images):  # a process's share of a very small batch
         return images.new_empty(0, 3, CROP_SIZE, CROP_SIZE)
     grid = F.affine_grid(crops, [len(images), 3, CROP_SIZE, CROP_SIZE], align_corners=False)
-    # MPS lacks padding_mode="border", for which this clamps, and wants contiguous images.
-    grid = grid.clamp_(1 / IMAGE_SIZE - 1, 1 - 1 / IMAGE_SIZE)
+    # Photos go on mirrored; MPS lacks padding_mode="reflection", and wants contiguous images.
+    grid = 2 * grid.clamp(1 / IMAGE_SIZE - 1, 1 - 1 / IMAGE_SIZE) - grid
     views = F.grid_sample(images.contiguous(), grid, align_corners=False)
-    return views.add_(shifts[:, :, None, None])
+    return torch.baddbmm(shifts, matrices, views.flatten(2)).view_as(views)
 
 
 # ----- training (section 5)
@@ -304,7 +319,8 @@ class Run:
         self.optimizer = torch.optim.SGD(self.net.parameters(), args.lr, **settings)
         for p in self.net.parameters():  # unset where the scaler skips the first step
             self.optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        self.scheduler = ReduceLROnPlateau(self.optimizer, patience=args.patience, eps=0)
+        rule = {"patience": args.patience, "threshold": 0.01, "eps": 0}
+        self.scheduler = ReduceLROnPlateau(self.optimizer, **rule)
         precision = alexnet.pick_precision(args.precision, device)
         self.autocast = torch.autocast(device.type, precision, enabled=precision != torch.float32)
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)

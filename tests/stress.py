@@ -8,7 +8,6 @@ One line a part says what was done; the exit status is 1 if any part failed.
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 import multiprocessing
@@ -26,13 +25,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ["PYTHONPATH"] = os.pathsep.join(sys.path[:2])  # for the process that is forked from
 os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker"  # which misses the locks of the killed
+
+from conftest import contents, history_of, same  # noqa: E402
 
 import alexnet  # noqa: E402
 import predict  # noqa: E402
@@ -120,11 +120,6 @@ def make_data(folder: Path) -> Path:
     return folder / "data"
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
-
-
 def essence(output: Path) -> dict[str, Any]:
     """What two equal runs have in common; to read it shows that the files are whole."""
     found: dict[str, Any] = {}
@@ -134,22 +129,11 @@ def essence(output: Path) -> dict[str, Any]:
         elif path.suffix == ".json":
             found[path.name] = json.loads(path.read_text())
         elif path.suffix == ".csv":
-            rows = list(csv.DictReader(path.open(encoding="utf-8")))
-            found[path.name] = [[*row.values()][:6] for row in rows]  # without the clock
+            found[path.name] = history_of(output)
         elif path.suffix == ".png":
             with Image.open(path) as image:
                 image.load()
-    for row in found.get("last.pt", {}).get("history", []):
-        row["seconds"] = row["images_per_second"] = 0
     return found
-
-
-def same(a: Any, b: Any) -> bool:
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
 # ------------------------------------------------------------------------------- the parts

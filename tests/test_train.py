@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import os
@@ -16,7 +15,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-from conftest import contents, draw_photos, error_of, full_disk
+from conftest import contents, draw_photos, error_of, full_disk, history_of, same
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -26,7 +25,6 @@ import train
 from train import Photos
 
 FILES = {*"AlexNet.pth class_idx.json curves.png history.csv kernels.png last.pt run.json".split()}
-CLOCK = {"seconds", "images_per_second"}
 CPU = torch.device("cpu")
 
 
@@ -112,21 +110,6 @@ def copy_of(data: Path, folder: Path) -> Path:
     return shutil.copytree(data, folder, ignore=shutil.ignore_patterns("*.npy"))
 
 
-def history_of(output: Path) -> list[dict[str, str]]:
-    """history.csv without what depends on the clock."""
-    with open(output / "history.csv", encoding="utf-8", newline="") as file:
-        return [{k: v for k, v in row.items() if k not in CLOCK} for row in csv.DictReader(file)]
-
-
-def same(a: Any, b: Any) -> bool:
-    """Whether two files' contents are equal to the bit, but for what the clock says."""
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a.keys() - CLOCK)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return torch.equal(a, b) if isinstance(a, Tensor) else a == b
-
-
 def test_the_pack_is_made_once_and_anew_when_a_file_changes(few, tmp_path, monkeypatch):
     data = copy_of(few, tmp_path / "data")
     for side, photos in zip(("train", "val"), open_photos(data, tmp_path), strict=True):
@@ -189,37 +172,40 @@ def test_data_that_cannot_be_trained_on(tmp_path, capsys):
 
 def test_a_crop_equals_brute_force():
     torch.manual_seed(0)
-    images, shifts = torch.rand(3, 3, 256, 256), torch.rand(3, 3)
+    images, matrices, shifts = torch.rand(4, 3, 256, 256), torch.rand(4, 3, 3), torch.rand(4, 3, 1)
     plain, mirrored = [[0.875, 0, 0.05], [0, 0.875, -0.125]], [[-0.7, 0, 0.2], [0, 0.6, -0.4]]
-    crops = torch.tensor([plain, mirrored, [[1.0, 0, 0], [0, 1, 0]]])
-    views = train.augment(images, crops, shifts).numpy()
-    for i in range(3):
+    turned = [[0.8, -0.5, 0.2], [0.4, 0.7, -0.1]]  # beyond the photo, which goes on mirrored there
+    crops = torch.tensor([plain, mirrored, [[1.0, 0, 0], [0, 1, 0]], turned])
+    views = train.augment(images, crops, matrices, shifts).numpy()
+    for i in range(4):
         for row, column in ((0, 0), (223, 223), (17, 200), (111, 5)):
             u, v = (2 * column + 1) / 224 - 1, (2 * row + 1) / 224 - 1
-            x, y = np.clip(128 * (crops[i].double().numpy() @ (u, v, 1) + 1) - 0.5, 0, 255)
+            place = 128 * (crops[i].double().numpy() @ (u, v, 1) + 1) - 0.5
+            x, y = 255 - abs(255 - abs(place))
             x0, y0 = min(int(x), 254), min(int(y), 254)
             corners = images[i, :, y0 : y0 + 2, x0 : x0 + 2].double().numpy()
             weights = np.outer((1 - y + y0, y - y0), (1 - x + x0, x - x0))
-            expected = (corners * weights).sum((1, 2)) + shifts[i].numpy()
+            color = matrices[i].numpy() @ (corners * weights).sum((1, 2))
+            expected = color + shifts[i, :, 0].numpy()
             assert views[i, :, row, column] == pytest.approx(expected, abs=1e-4)
 
 
 def test_the_crops_of_the_paper_copy_pixels_at_33_x_33_places():
-    crops, images = train.draw_crops(20_000, 0, CPU), torch.rand(1, 3, 256, 256)
+    crops, images = train.draw_crops(20_000, 0, 0, CPU), torch.rand(1, 3, 256, 256)
     corners = (128 * (crops[:, :, 2] + 1) - 112).round().int().tolist()
     assert {*map(tuple, corners)} == {(x, y) for x in range(33) for y in range(33)}
     assert (crops[:, 0, 0] < 0).float().mean() == pytest.approx(0.5, abs=0.02)
     for crop, (x, y) in zip(crops[:8], corners[:8], strict=True):
         expected = images[:, :, y : y + 224, x : x + 224]
         expected = expected.flip(3) if crop[0, 0] < 0 else expected
-        view = train.augment(images, crop[None], torch.zeros(1, 3))
+        view = train.augment(images, crop[None], torch.eye(3)[None], torch.zeros(1, 3, 1))
         torch.testing.assert_close(view, expected, rtol=0, atol=1e-4)
 
 
 def test_random_crops_lie_in_the_photo_and_areas_and_aspects_in_range():
     torch.manual_seed(0)
     least = 0.1
-    crops = train.draw_crops(20_000, least, CPU)
+    crops = train.draw_crops(20_000, least, 0, CPU)
     width, height, x, y = crops[:, 0, 0].abs(), crops[:, 1, 1], *crops[:, :, 2].T
     assert (x.abs() + width).max() <= 1 + 1e-6 and (y.abs() + height).max() <= 1 + 1e-6
     area, aspect = width * height, width / height
@@ -241,12 +227,38 @@ def test_color_shifts_have_a_hundredth_of_the_covariance_of_the_pixels(few, tmp_
     covariance = [[900, 700, 500], [700, 800, 600], [500, 600, 1000]]
     colors = np.random.default_rng(0).multivariate_normal([128] * 3, covariance, 40)
     photos = photos_of_one_color_each(colors.clip(0, 255), 1)
-    monkeypatch.setattr(train, "augment", lambda images, crops, shifts: shifts)
+    monkeypatch.setattr(train, "augment", lambda images, crops, matrices, shifts: shifts[..., 0])
     run = new_run(few, tmp_path, "--mix", "0", photos=photos)
     shifts, _ = train.make_batch(run, torch.arange(40).repeat(2500))
     expected = torch.from_numpy(np.cov(photos.pixels[:, 0, 0].T / 255)) / 100
     torch.testing.assert_close(shifts.T.cov().double(), expected, rtol=0.05, atol=0)
     assert shifts.mean(0).abs().max() < 1e-3
+
+
+def test_turns_and_changes_of_colors_grow_over_60_epochs(few, tmp_path, monkeypatch):
+    photos = photos_of_one_color_each(np.array([[0, 0, 0], [50, 100, 150]]), 1)
+    monkeypatch.setattr(train, "augment", lambda images, *drawn: drawn)
+    options = ("--mix", "0", "--rotation", "40", "--jitter", "0.3", "--crop-area", "0")
+    run = new_run(few, tmp_path, *options, photos=photos)
+    run.color_axes.zero_()
+    for epochs, strength in ((0, 0), (15, 0.25), (90, 1)):
+        run.history = [{}] * epochs
+        (crops, colors, shifts), _ = train.make_batch(run, torch.arange(2).repeat(10_000))
+        right, down = crops[:, :, 0], crops[:, :, 1]  # of the crop, in the photo
+        assert (down.norm(dim=1) - 0.875).abs().max() < 1e-6
+        assert (right * down).sum(1).abs().max() < 1e-6
+        scale = colors.sum(2)[:, :1]  # of grey, of which black becomes the shift
+        brightness, saturation = (
+            scale + 2 * shifts[:, 0],
+            (colors[:, :1, 0] - colors[:, :1, 1]) / scale,
+        )
+        contrast, turn = scale / brightness, torch.atan2(-down[:, :1], down[:, 1:]).rad2deg() / 40
+        drawn = torch.cat([turn, *((x - 1) / 0.3 for x in (brightness, contrast, saturation))], 1)
+        assert drawn.abs().amax(0) == pytest.approx([strength] * 4, rel=0.01, abs=1e-5)
+        expected = torch.eye(4) * strength**2 / 3  # uniform, each of its own
+        torch.testing.assert_close(drawn.T.cov(), expected, rtol=0.03, atol=0.01)
+        colors -= (scale * (1 - saturation) / 3)[:, :, None]
+        torch.testing.assert_close(colors, (scale * saturation)[:, :, None] * torch.eye(3))
 
 
 def test_two_of_five_show_a_window_of_another_two_are_blended_and_targets_tell_it(few, tmp_path):
@@ -417,7 +429,8 @@ def test_the_recipe_of_the_paper_sets_its_options_and_its_start(few, tmp_path):
     run = new_run(few, tmp_path, "--recipe", "paper")
     args = run.args
     assert args.batch_size == 4  # what is given counts
-    assert (args.crop_area, args.mix, args.ema, args.label_smoothing) == (0, 0, 0, 0)
+    assert (args.crop_area, args.rotation, args.jitter, args.mix) == (0, 0, 0, 0)
+    assert args.ema == args.label_smoothing == 0
     assert (run.net.features[5].bias == 1).all()  # test_alexnet.py looks at the other layers
     assert run.net.std.flatten().tolist() == pytest.approx([1 / 255] * 3)
 
@@ -446,6 +459,9 @@ def test_ties_on_the_starting_plateau_do_not_lower_the_rate(tmp_path, monkeypatc
 
 
 def test_the_rate_drops_where_the_loss_stalls_and_a_plateau_is_told(tmp_path, monkeypatch, capsys):
+    for factor, last in ((0.998, 0.001), (0.995, 0.01)):  # slower than by 1/100 in two epochs
+        rates = rates_of([(0.5 * factor**i, 0.9) for i in range(8)], tmp_path, monkeypatch)
+        assert rates[-1] == pytest.approx(last)
     results = [*((0.5 - 0.05 * i, 0.9) for i in range(5)), *[(0.4, 0.9)] * 40]
     rates = rates_of(results, tmp_path, monkeypatch)  # a fourth drop ends the run
     assert rates == pytest.approx([0.01] * 8 + [1e-3] * 3 + [1e-4] * 3 + [1e-5] * 3)
