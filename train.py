@@ -234,7 +234,8 @@ def make_batch(run: Run, indices: Tensor) -> tuple[Tensor, Tensor]:
     targets, k = F.one_hot(labels, n_classes).float(), round(n * run.args.mix)
     if k:  # half of these get a window that shows another, half are blended with another
         cutmix, mixup = CutMix(num_classes=n_classes), MixUp(alpha=0.2, num_classes=n_classes)
-        for part, mix in ((slice(k - k // 2), cutmix), (slice(k - k // 2, k), mixup)):
+        first = k - k // 2 if k > 3 else k  # one alone would be mixed with itself
+        for part, mix in ((slice(first), cutmix), (slice(first, k), mixup)):
             images[part], targets[part] = mix(images[part], labels[part])
     return images, targets
 

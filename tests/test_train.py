@@ -283,6 +283,8 @@ def test_two_of_five_show_a_window_of_another_two_are_blended_and_targets_tell_i
         n_mixed += targets.max(1)[0] < 0.999
     # A window may also be empty, or the whole photo, and a blend nearly one of the two.
     assert (n_mixed[:2] > 30).all() and (n_mixed[2:4] > 15).all()
+    few_targets = [train.make_batch(run, torch.arange(3))[1] for _ in range(20)]
+    assert min(targets[0].max() for targets in few_targets) < 0.9  # of two, both show a window
 
 
 def test_warm_up_and_draws_follow_from_the_seed_and_the_epoch(few, tmp_path, monkeypatch):
