@@ -477,10 +477,10 @@ def save(run: Run) -> None:
     """Write new best weights, then last.pt: a kill in between repeats epochs."""
     output, start = run.args.output, time.perf_counter()
     if run.unsaved:
-        with replacing(output / "class_idx.json") as file:
-            file.write(json.dumps(dict(enumerate(run.train_set.classes)), indent=1).encode())
         with replacing(output / "AlexNet.pth") as file:
             torch.save(run.unsaved, file)
+        with replacing(output / "class_idx.json") as file:  # right behind, lest others' names stay
+            file.write(json.dumps(dict(enumerate(run.train_set.classes)), indent=1).encode())
         run.unsaved = None
     with replacing(output / "last.pt") as file:
         torch.save(run.state_dict(), file)
