@@ -50,10 +50,10 @@ OPTIONS = {
     "weight_decay": (0.0005, 0.0005, 0, 1, "of SGD"),
     "ema": (0.99, 0.0, 0, 1, "decay of the average of the weights, which is saved"),
     "label_smoothing": (0.1, 0.0, 0, 1, "share of the answer spread over all classes"),
-    "patience": (10, 10, 0, 2**20, "lr / 10 if val loss takes more epochs than this to fall 1/100"),
+    "patience": (10, 10, 0, 2**20, "epochs that may pass without 1/100 off val loss, then lr / 10"),
     "crop_area": (0.25, 0.0, 0, 1, "smallest part of a photo in a crop; 0: 224 x 224 of 256 x 256"),
-    "rotation": (30.0, 0.0, 0, 180, "degrees by which crops turn, at most"),
-    "jitter": (0.4, 0.0, 0, 1, "by which brightness, contrast and saturation change, at most"),
+    "rotation": (30.0, 0.0, 0, 180, "degrees by which crops turn at most; grows over 60 epochs"),
+    "jitter": (0.4, 0.0, 0, 1, "largest change of brightness, contrast, saturation; grows, too"),
     "mix": (0.5, 0.0, 0, 1, "share of photos mixed with others, by CutMix and by mixup"),
     "balance": (0.0, 0.0, 0, 1, "1: every class counts alike; 0: every photo; also between"),
     "groups": (2, 2, 1, 2, "2: as on the paper's two GPUs; 1: merged, for 1.4 times the time"),
@@ -147,7 +147,7 @@ def open_checkpoint(args: Namespace) -> dict[str, Any] | None:
     try:
         options = {name: checkpoint["options"][name] for name in KEPT}
     except (KeyError, TypeError):
-        raise InputError(f"{last} is of no run of train.py; --overwrite starts anew") from None
+        raise InputError(f"{last} is of no run of this train.py; --overwrite starts anew") from None
     for name, value in args.given.items():
         if options[name] != value:
             option = f"--{name.replace('_', '-')} {options[name]}"
@@ -224,7 +224,7 @@ def write_pixels(path: Path, files: list[Path]) -> int:
 
 # ----- augmentation (section 4.1)
 def make_batch(run: Run, indices: Tensor) -> tuple[Tensor, Tensor]:
-    """Images (n, 3, 224, 224) in 0..1 and targets (n, classes), augmented, on the device."""
+    """Images (n, 3, 224, 224) around 0..1 and targets (n, classes), augmented, on the device."""
     n, n_classes = len(indices), len(run.train_set.classes)
     pixels, labels = run.train_set.take(indices, run.device)
     strength = min(1, len(run.history) / RAMP_EPOCHS)
@@ -233,10 +233,9 @@ def make_batch(run: Run, indices: Tensor) -> tuple[Tensor, Tensor]:
     images = augment(alexnet.to_float(pixels), crops, *colors)
     targets, k = F.one_hot(labels, n_classes).float(), round(n * run.args.mix)
     if k:  # half of these get a window that shows another, half are blended with another
-        cutmix, mixup = CutMix(num_classes=n_classes), MixUp(alpha=0.2, num_classes=n_classes)
         first = k - k // 2 if k > 3 else k  # one alone would be mixed with itself
-        for part, mix in ((slice(first), cutmix), (slice(first, k), mixup)):
-            images[part], targets[part] = mix(images[part], labels[part])
+        for part, mix in ((slice(first), CutMix()), (slice(first, k), MixUp(alpha=0.2))):
+            images[part], targets[part] = mix(images[part], targets[part])
     return images, targets
 
 
@@ -251,15 +250,15 @@ def draw_crops(n: int, crop_area: float, rotation: float, device: torch.device) 
         else:  # the paper's: 224 x 224 of 256 x 256, at one of 33 x 33 places
             size = torch.full((2, n), CROP_SIZE / IMAGE_SIZE)
             place = torch.randint(IMAGE_SIZE - CROP_SIZE + 1, (2, n)) / (IMAGE_SIZE - CROP_SIZE)
-        mirror, angle = torch.randint(2, (n,)) * 2 - 1, rotation * (2 * torch.rand(n) - 1)
+        mirror, turn = torch.randint(2, (n,)) * 2 - 1, rotation * (2 * torch.rand(n) - 1)
         (width, height), (x, y) = size, (2 * place - 1) * (1 - size)  # x, y: the centre
-        sin, cos = angle.deg2rad().sin(), angle.deg2rad().cos()
+        sin, cos = turn.deg2rad().sin(), turn.deg2rad().cos()
         rows = mirror * width * cos, -height * sin, x, mirror * width * sin, height * cos, y
         return torch.stack(rows, dim=1).view(n, 2, 3)
 
 
 def draw_colors(n: int, axes: Tensor, jitter: float) -> tuple[Tensor, Tensor]:
-    """Matrices (n, 3, 3) and shifts (n, 3, 1) that change the colours in 0..1 of n photos."""
+    """Matrices (n, 3, 3) and shifts (n, 3, 1) that change the colours of n photos; white is 1."""
     with axes.device:
         shifts = 0.1 * torch.randn(n, 3) @ axes.T  # the paper's
         brightness, contrast, saturation = 1 + jitter * (2 * torch.rand(3, n, 1, 1) - 1)
@@ -272,7 +271,8 @@ def augment(images: Tensor, crops: Tensor, matrices: Tensor, shifts: Tensor) -> 
     if not len(images):  # a process's share of a very small batch
         return images.new_empty(0, 3, CROP_SIZE, CROP_SIZE)
     grid = F.affine_grid(crops, [len(images), 3, CROP_SIZE, CROP_SIZE], align_corners=False)
-    # Photos go on mirrored; MPS lacks padding_mode="reflection", and wants contiguous images.
+    # Beyond its edges a photo goes on mirrored.
+    # MPS lacks padding_mode="reflection", and wants contiguous images.
     grid = 2 * grid.clamp(1 / IMAGE_SIZE - 1, 1 - 1 / IMAGE_SIZE) - grid
     views = F.grid_sample(images.contiguous(), grid, align_corners=False)
     return torch.baddbmm(shifts, matrices, views.flatten(2)).view_as(views)
@@ -343,7 +343,7 @@ class Run:
 
 
 def best_epoch(history: list[dict[str, float]]) -> dict[str, float]:
-    """The row of the lowest val loss, by which the scheduler lowers the rate, too."""
+    """The row of the lowest val loss."""
     return min(history, key=lambda row: row["val_loss"])
 
 
@@ -479,7 +479,7 @@ def save(run: Run) -> None:
     if run.unsaved:
         with replacing(output / "AlexNet.pth") as file:
             torch.save(run.unsaved, file)
-        with replacing(output / "class_idx.json") as file:  # right behind, lest others' names stay
+        with replacing(output / "class_idx.json") as file:  # at once: an older run's may be there
             file.write(json.dumps(dict(enumerate(run.train_set.classes)), indent=1).encode())
         run.unsaved = None
     with replacing(output / "last.pt") as file:
@@ -553,9 +553,8 @@ def parse_args(argv: list[str] | None) -> Namespace:
     add("--epochs", type=int, default=90, help="passes over the photos, at most (default: 90)")
     add("--accumulate", type=int, default=1, help="pieces of a batch, to save memory (default: 1)")
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: the fastest there is)")
-    precision = "auto: bfloat16 where it is native, float16 on older CUDA cards"
-    choices = ("auto", "float32", "bfloat16", "float16")
-    add("--precision", choices=choices, default="auto", help=precision)
+    how = "auto: bfloat16 where it is native, float16 on older CUDA cards"
+    add("--precision", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help=how)
     init = "weights to start from; with a new last layer where their classes differ"
     add("--init", metavar="AlexNet.pth", default=SUPPRESS, help=init)
     recipe = "paper: its first weights and biases, raw pixels, and the options in []"

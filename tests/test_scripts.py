@@ -37,11 +37,8 @@ def test_split_train_predict_end_to_end(photos, tmp_path):
 
 
 def test_help_has_examples_and_a_mistake_ends_in_one_line_and_status_1(tmp_path):
-    for script, *argv in (
-        ("split_data.py", "--source", "nowhere"),
-        ("train.py", "--data", "nowhere"),
-        ("predict.py", "nowhere.jpg"),
-    ):
+    wrong = "split_data.py --source nowhere, train.py --data nowhere, predict.py nowhere.jpg"
+    for script, *argv in map(str.split, wrong.split(", ")):
         shown = run(ROOT / script, "--help", cwd=tmp_path)
         assert shown.returncode == 0 and f"python {script}" in shown.stdout
         result = run(ROOT / script, *argv, cwd=tmp_path)

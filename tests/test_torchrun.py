@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -58,13 +57,9 @@ def test_two_processes_equal_one_and_one_resumes_what_two_began(tmp_path, monkey
     options = ["--data", str(tmp_path / "data"), "--batch-size", "5", "--mix", "0"]
     options += ["--precision", "float32", "--device", "cpu", "--lr", "1e-5", "--output"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(script)]
-    result = subprocess.run(
-        [*torchrun, *options, str(two), "--epochs", "1"],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    command = [*torchrun, *options, str(two), "--epochs", "1"]
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("now classify a photo") == 1  # process 0 alone speaks
     assert {path.name for path in two.iterdir()} == FILES
