@@ -225,14 +225,16 @@ def write_pixels(path: Path, files: list[Path]) -> int:
 # ----- augmentation (section 4.1)
 def make_batch(run: Run, indices: Tensor) -> tuple[Tensor, Tensor]:
     """Images (n, 3, 224, 224) around 0..1 and targets (n, classes), augmented, on the device."""
-    n, n_classes = len(indices), len(run.train_set.classes)
+    n = len(indices)
     pixels, labels = run.train_set.take(indices, run.device)
     strength = min(1, len(run.history) / RAMP_EPOCHS)
     crops = draw_crops(n, run.args.crop_area, strength * run.args.rotation, run.device)
     colors = draw_colors(n, run.color_axes, strength * run.args.jitter)
     images = augment(alexnet.to_float(pixels), crops, *colors)
-    targets, k = F.one_hot(labels, n_classes).float(), round(n * run.args.mix)
-    if k:  # half of these get a window that shows another, half are blended with another
+    targets = F.one_hot(labels, len(run.train_set.classes)).float()
+    if k := round(
+        n * run.args.mix
+    ):  # half of these get a window that shows another, half are blended with another
         first = k - k // 2 if k > 3 else k  # one alone would be mixed with itself
         for part, mix in ((slice(first), CutMix()), (slice(first, k), MixUp(alpha=0.2))):
             images[part], targets[part] = mix(images[part], targets[part])
@@ -320,7 +322,7 @@ class Run:
         self.optimizer = torch.optim.SGD(self.net.parameters(), args.lr, **settings)
         for p in self.net.parameters():  # unset where the scaler skips the first step
             self.optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        rule = {"patience": args.patience, "threshold": 0.01, "eps": 0}
+        rule = {"patience": args.patience, "threshold": 0.01, "eps": 0}  # slower: a drop gains more
         self.scheduler = ReduceLROnPlateau(self.optimizer, **rule)
         precision = alexnet.pick_precision(args.precision, device)
         self.autocast = torch.autocast(device.type, precision, enabled=precision != torch.float32)
