@@ -232,9 +232,7 @@ def make_batch(run: Run, indices: Tensor) -> tuple[Tensor, Tensor]:
     colors = draw_colors(n, run.color_axes, strength * run.args.jitter)
     images = augment(alexnet.to_float(pixels), crops, *colors)
     targets = F.one_hot(labels, len(run.train_set.classes)).float()
-    if k := round(
-        n * run.args.mix
-    ):  # half of these get a window that shows another, half are blended with another
+    if k := round(n * run.args.mix):  # half get a window that shows another, half are blended
         first = k - k // 2 if k > 3 else k  # one alone would be mixed with itself
         for part, mix in ((slice(first), CutMix()), (slice(first, k), MixUp(alpha=0.2))):
             images[part], targets[part] = mix(images[part], targets[part])
