@@ -83,10 +83,10 @@ class LocalResponseNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:  # plain operations can be exported
             return normalize(x)
-        if x.device.type != "cpu":
-            return NormalizeFunction.apply(x)
-        # Four photos at a time: the backward pass makes seven temporary tensors.
-        return torch.cat([NormalizeFunction.apply(part) for part in x.split(4)])
+        # A few photos at a time, as the backward pass makes seven temporary tensors: on a CPU as
+        # many as its cache holds, on a card enough to keep it busy.
+        parts = x.split(4 if x.device.type == "cpu" else 32)
+        return torch.cat([NormalizeFunction.apply(part) for part in parts])
 
 
 class AlexNet(nn.Module):
@@ -289,8 +289,11 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 @contextlib.contextmanager
-def one_line_errors(out_of_memory: str = "end other programs", stopped: str = "") -> Iterator[None]:
-    """End in one line, not a traceback, where the user can help it, or stops."""
+def one_line_errors(out_of_memory: str = "end other programs") -> Iterator[None]:
+    """End in one line, not a traceback, where the user can help it, or stops.
+
+    A KeyboardInterrupt may say what is left behind.
+    """
     if isinstance(sys.stdout, io.TextIOWrapper):  # not so in a notebook
         sys.stdout.reconfigure(errors="backslashreplace")  # for letters the console lacks
     try:
@@ -304,24 +307,25 @@ def one_line_errors(out_of_memory: str = "end other programs", stopped: str = ""
         if not is_out_of_memory(error):
             raise
         sys.exit(f"error: out of memory; {out_of_memory}")
-    except KeyboardInterrupt:
-        print(f"\nstopped{stopped}", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print("\n" + "; ".join(["stopped", *map(str, stop.args)]), file=sys.stderr)
         sys.exit(130)
 
 
 def pick_device(name: str) -> torch.device:
-    """The device; "auto": CUDA or MPS where there is one, else the CPU."""
+    """The device, with its index; "auto": CUDA or MPS where there is one, else the CPU."""
     if name == "auto":
         name = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     try:
-        torch.ones(1, device=name).add_(1).item()  # fails on a card that torch has no code for
+        probe = torch.ones(1, device=name)
+        probe.add_(1).item()  # fails on a card that torch has no code for
     except Exception as error:  # of almost any type
         reason = str(error).split("\n")[0]
         raise InputError(f"--device {name}: {reason}; --device cpu works everywhere") from error
-    if name.startswith("cuda"):
+    if probe.device.type == "cuda":
         torch.backends.cudnn.benchmark = True  # most batches have one shape
         torch.set_float32_matmul_precision("high")  # TF32
-    return torch.device(name)
+    return probe.device  # torch.cuda's functions on memory refuse a device without an index
 
 
 def pick_precision(name: str, device: torch.device) -> torch.dtype:

@@ -73,7 +73,7 @@ warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # no
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     less = f"--accumulate {4 * args.accumulate} computes the same batch in smaller pieces"
-    with alexnet.one_line_errors(less, "; --resume goes on after the epoch saved last"):
+    with alexnet.one_line_errors(less):
         train(args)
     return 0
 
@@ -116,7 +116,7 @@ def train(args: Namespace) -> None:
         if epoch > WARMUP_EPOCHS and not is_on_plateau(run):
             run.scheduler.step(row["val_loss"])
         if is_best := row["val_loss"] < run.lowest:
-            run.lowest, run.unsaved = row["val_loss"], copy.deepcopy(run.average.state_dict())
+            run.lowest, run.unsaved = row["val_loss"], run.average_on_host()
         if not (RANK or run.is_over) and time.perf_counter() > run.next_save:  # else report saves
             save(run)
         line = "{:5} {:8.2g}   {:10.4f}  {:8.4f}   {:8.4f}  {:8.4f}   {:7.1f}  {:8.1f}"
@@ -287,6 +287,7 @@ class Run:
     def __init__(self, args: Namespace, train_set: Photos, val_set: Photos) -> None:
         self.args, self.train_set, self.val_set = args, train_set, val_set
         self.device = device = alexnet.pick_device(args.device)
+        self.photos = [train_set.digest, val_set.digest]
         self.options = {name: getattr(args, name) for name in KEPT}
         # What a photo of each class counts on val, 1 on average, and the classes' shares.
         counts = torch.tensor(val_set.counts, dtype=torch.float64)
@@ -325,8 +326,7 @@ class Run:
         precision = alexnet.pick_precision(args.precision, device)
         self.autocast = torch.autocast(device.type, precision, enabled=precision != torch.float32)
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-        self.hardware = f"{name}, {device.type}, {precision}, torch {torch.__version__}"
+        self.hardware = name_hardware(device, precision)
 
     @property
     def lr(self) -> float:
@@ -337,9 +337,23 @@ class Run:
         lowest = self.args.lr * 0.1 ** (MAX_LR_DROPS + 0.5)  # above it up to the last drop
         return len(self.history) >= self.args.epochs or self.lr < lowest
 
+    def average_on_host(self) -> dict[str, Tensor]:
+        """A copy of the average of the weights, which a machine without the device can load."""
+        return {name: x.to("cpu", copy=True) for name, x in self.average.state_dict().items()}
+
     def state_dict(self) -> dict[str, Any]:
-        facts = {"options": self.options, "photos": self.train_set.digest, "history": self.history}
+        facts = {"options": self.options, "photos": self.photos, "history": self.history}
         return facts | {name: getattr(self, name).state_dict() for name in self.PARTS}
+
+
+def name_hardware(device: torch.device, precision: torch.dtype) -> str:
+    """What a run's figures depend on besides its options."""
+    name, products = platform.machine(), ""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        if precision == torch.float32 and torch.cuda.get_device_capability(device)[0] >= 8:
+            products = " with products in TF32"  # as pick_device asks for it
+    return f"{name}, {device.type}, {precision}{products}, torch {torch.__version__}"
 
 
 def best_epoch(history: list[dict[str, float]]) -> dict[str, float]:
@@ -350,8 +364,9 @@ def best_epoch(history: list[dict[str, float]]) -> dict[str, float]:
 def resume(run: Run, checkpoint: dict[str, Any]) -> None:
     """Set a run to where last.pt left it; its best weights are in AlexNet.pth."""
     last = run.args.output / "last.pt"
-    if checkpoint.get("photos") != run.train_set.digest:
-        raise InputError(f"{last} is of a run on other photos; give its --data, or --overwrite")
+    if checkpoint.get("photos") != run.photos:
+        way = "give its --data as it was, or another --output"
+        raise InputError(f"{last} is of a run on other photos to train or val; {way}")
     try:
         for name in run.PARTS:
             if checkpoint[name]:  # empty: of a scaler that was off
@@ -364,7 +379,7 @@ def resume(run: Run, checkpoint: dict[str, Any]) -> None:
     except InputError as error:
         print(f"{error}; the last epoch's weights take its place")
         run.lowest = run.history[-1]["val_loss"]
-        run.unsaved = copy.deepcopy(run.average.state_dict())
+        run.unsaved = run.average_on_host()
 
 
 def start_from(run: Run) -> None:
@@ -585,6 +600,10 @@ def connect_processes(args: Namespace) -> None:
         if cuda:
             args.device = f"cuda:{os.environ['LOCAL_RANK']}"
             torch.cuda.set_device(alexnet.pick_device(args.device))
+        elif args.device not in ("auto", "cpu"):  # gloo knows no MPS
+            raise InputError(f"--device {args.device}: torchrun needs CUDA cards, or CPUs")
+        else:
+            args.device = "cpu"
         patience = timedelta(days=1)  # decoding may take hours
         dist.init_process_group("nccl" if cuda else "gloo", timeout=patience)
         atexit.register(dist.destroy_process_group)

@@ -2,11 +2,13 @@
 
     python tests/benchmark.py                      # about ten minutes on two CPU cores
     python tests/benchmark.py --rounds 5
+    python tests/benchmark.py --device cuda        # about three minutes on a card
 
 Stock is the same network as a tutorial writes it: nn.LocalResponseNorm, contiguous float32
 tensors, an ImageFolder with RandomResizedCrop, flip and ColorJitter, a DataLoader without workers,
 one .item() a batch. Each measurement is a process of its own; ours and stock take turns, and the
-table shows medians of the rounds and their ratio.
+table shows medians of the rounds and their ratio. Every step ends with a number that is read, so a
+card has done its work by then. Memory is what tensors took at most on a card, else the process's.
 """
 
 from __future__ import annotations
@@ -67,7 +69,9 @@ def memory_mib(name: str) -> float:
     raise SystemExit(f"error: no {name} in /proc/self/status; memory is measured on Linux alone")
 
 
-def our_batches(data: Path, precision: str, batch_size: int) -> tuple[Callable[[], None], list]:
+def our_batches(
+    data: Path, precision: str, batch_size: int, device: torch.device
+) -> tuple[Callable[[], None], list]:
     """A function that trains on one batch, and the list it adds the seconds of input to."""
 
     import alexnet
@@ -75,7 +79,7 @@ def our_batches(data: Path, precision: str, batch_size: int) -> tuple[Callable[[
 
     alexnet.keep_large_blocks()
     argv = ["--data", str(data), "--output", str(data / "run"), "--batch-size", str(batch_size)]
-    args = train.parse_args([*argv, "--precision", precision])
+    args = train.parse_args([*argv, "--precision", precision, "--device", str(device)])
     train.open_checkpoint(args)
     train_set = train.Photos(data / "train", data)
     run = train.Run(args, train_set, train.Photos(data / "val", data, train_set.classes))
@@ -85,6 +89,7 @@ def our_batches(data: Path, precision: str, batch_size: int) -> tuple[Callable[[
     def timed(*arguments):
         start = time.perf_counter()
         batch = make_batch(*arguments)
+        wait_for(device)
         seconds.append(time.perf_counter() - start)
         return batch
 
@@ -101,7 +106,9 @@ def our_batches(data: Path, precision: str, batch_size: int) -> tuple[Callable[[
     return step, seconds
 
 
-def stock_batches(data: Path, batch_size: int) -> tuple[Callable[[], None], list]:
+def stock_batches(
+    data: Path, batch_size: int, device: torch.device
+) -> tuple[Callable[[], None], list]:
     """The same for the plain version."""
     from torchvision import datasets, transforms
 
@@ -120,13 +127,13 @@ def stock_batches(data: Path, batch_size: int) -> tuple[Callable[[], None], list
     )
     dataset.samples *= 50
     loader = iter(torch.utils.data.DataLoader(dataset, batch_size, shuffle=True))
-    net = stock_alexnet(len(dataset.classes))
+    net = stock_alexnet(len(dataset.classes)).to(device)
     optimizer = torch.optim.SGD(net.parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-4)
     seconds = []
 
     def step() -> None:
         start = time.perf_counter()
-        images, labels = next(loader)
+        images, labels = (x.to(device) for x in next(loader))
         seconds.append(time.perf_counter() - start)
         optimizer.zero_grad()
         loss = torch.nn.functional.cross_entropy(net(images), labels)
@@ -137,9 +144,10 @@ def stock_batches(data: Path, batch_size: int) -> tuple[Callable[[], None], list
     return step, seconds
 
 
-def measure_speed(batches: tuple[Callable[[], None], list], n: int = 5) -> dict[str, float]:
+def measure_speed(batches: tuple[Callable[[], None], list], n: int) -> dict[str, float]:
     step, input_seconds = batches
-    step()
+    for _ in range(3 if n > 5 else 1):  # a card tries its kernels first
+        step()
     input_seconds.clear()
     times = []
     for _ in range(n):
@@ -155,14 +163,23 @@ def measure_speed(batches: tuple[Callable[[], None], list], n: int = 5) -> dict[
     }
 
 
-def measure_memory(batches: tuple[Callable[[], None], list]) -> dict[str, float]:
-    before = memory_mib("VmRSS")
+def measure_memory(
+    batches: tuple[Callable[[], None], list], device: torch.device
+) -> dict[str, float]:
+    before = 0.0 if device.type == "cuda" else memory_mib("VmRSS")
     for _ in range(3):
         batches[0]()
+    if device.type == "cuda":
+        return {"memory": torch.cuda.max_memory_allocated(device) / 2**20}
     return {"memory": memory_mib("VmHWM") - before}
 
 
-def measure_lrn(ours: bool) -> dict[str, float]:
+def wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def measure_lrn(ours: bool, device: torch.device) -> dict[str, float]:
 
     import alexnet
 
@@ -173,51 +190,62 @@ def measure_lrn(ours: bool) -> dict[str, float]:
     layout = torch.channels_last if ours else torch.contiguous_format
     total = 0.0
     for shape in ((BATCH, 96, 55, 55), (BATCH, 256, 27, 27)):
-        x = torch.rand(shape).to(memory_format=layout).requires_grad_()
-        gradient = torch.rand(shape).to(memory_format=layout)
+        x = torch.rand(shape, device=device).to(memory_format=layout).requires_grad_()
+        gradient = torch.rand(shape, device=device).to(memory_format=layout)
         times = []
         for _ in range(5):
+            wait_for(device)
             start = time.perf_counter()
             torch.autograd.grad(norm(x), x, gradient)
+            wait_for(device)
             times.append(time.perf_counter() - start)
         total += statistics.median(times[1:])
     return {"lrn": 1000 * total}
 
 
-def measure_products(precision: str) -> dict[str, float]:
+def measure_products(precision: str, device: torch.device) -> dict[str, float]:
     """GFLOP/s of the product of two large square matrices."""
 
     import alexnet
 
-    dtype = alexnet.pick_precision(precision, torch.device("cpu"))
-    a = torch.randn(4096, 4096).to(dtype)
+    dtype = alexnet.pick_precision(precision, device)
+    a = torch.randn(4096, 4096, device=device).to(dtype)
     a @ a
+    wait_for(device)
     start = time.perf_counter()
     for _ in range(3):
         a @ a
+    wait_for(device)
     return {"products": 3 * 2 * 4096**3 / (time.perf_counter() - start) / 1e9}
 
 
-def work(name: str, data: Path) -> dict[str, float]:
+def work(name: str, data: Path, device_name: str) -> dict[str, float]:
     """Measure one thing; `name` is a side (stock, kept or the precision of ours) and what."""
+    import alexnet
+
     side, what = name.split()
     ours = side not in ("stock", "kept")
+    device = torch.device(device_name)
+    if ours:  # which allows TF32 on a card, as train.py does
+        device = alexnet.pick_device(device_name)
     if what == "lrn":
-        return measure_lrn(ours)
+        return measure_lrn(ours, device)
     if what == "products":
-        return measure_products(side)
+        return measure_products(side, device)
     size = 128 if what == "memory" else BATCH
-    batches = our_batches(data, side, size) if ours else stock_batches(data, size)
-    return measure_memory(batches) if what == "memory" else measure_speed(batches)
+    batches = our_batches(data, side, size, device) if ours else stock_batches(data, size, device)
+    if what == "memory":
+        return measure_memory(batches, device)
+    return measure_speed(batches, n=30 if device.type == "cuda" else 5)
 
 
 # ------------------------------------------------------------------------------- the table
 
 
-def spawn(name: str, data: Path) -> dict[str, float]:
+def spawn(name: str, data: Path, device: torch.device) -> dict[str, float]:
     """Measure in a fresh process; start-up is timed from outside it."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "OMP_", "KMP_"))}
-    command = [sys.executable, __file__, "--work", name, "--data", data]
+    command = [sys.executable, __file__, "--work", name, "--data", data, "--device", device]
     if name == "stock start":
         command[1:] = ["-c", "import torch"]
     elif name.endswith("start"):
@@ -253,9 +281,13 @@ def prepare(data: Path) -> None:
     (data / "class_idx.json").write_text(json.dumps(names))
 
 
-def print_table(found: dict[str, dict[str, float]], precisions: list[str]) -> None:
-    cpu = platform.processor() or platform.machine()
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads of {cpu}")
+def print_table(
+    found: dict[str, dict[str, float]], precisions: list[str], device: torch.device
+) -> None:
+    where = f"{torch.get_num_threads()} threads of {platform.processor() or platform.machine()}"
+    if device.type == "cuda":
+        where = torch.cuda.get_device_name(device)
+    print(f"torch {torch.__version__}, {where}")
     print(f"{'':<46}{'stock':>9}" + "".join(f"{p:>10}{'ratio':>7}" for p in precisions))
     rows = [
         ("whole training, images/s", "speed", "training", "stock"),
@@ -268,6 +300,8 @@ def print_table(found: dict[str, dict[str, float]], precisions: list[str]) -> No
         ("predict.py against import torch, s", "start", "start", "stock"),
     ]
     for title, what, key, side in rows:
+        if f"{side} {what}" not in found:  # on a card stock has no allocator settings of ours
+            continue
         stock = found[f"{side} {what}"][key]
         line = f"{title:<46}{stock:>9.3g}"
         for precision in precisions:
@@ -287,15 +321,18 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rounds", type=int, default=3, help="(default: %(default)s)")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 (default: cpu)")
     parser.add_argument("--work", help=argparse.SUPPRESS)
     parser.add_argument("--data", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.work:
-        print(json.dumps(work(args.work, args.data)))
+        print(json.dumps(work(args.work, args.data, args.device)))
         return 0
-    native = alexnet.pick_precision("auto", torch.device("cpu"))
-    precisions = ["bfloat16", "float32"] if native == torch.bfloat16 else ["float32"]
-    names = ["stock speed", "kept speed", "stock lrn", "stock memory", "stock start"]
+    device = alexnet.pick_device(args.device)
+    native = str(alexnet.pick_precision("auto", device)).removeprefix("torch.")
+    precisions = [native] if native == "float32" else [native, "float32"]
+    names = ["stock speed", "stock lrn", "stock memory", "stock start"]
+    names += [] if device.type == "cuda" else ["kept speed"]
     names += [f"{p} {what}" for p in precisions for what in ("speed", "memory", "products")]
     names += [f"{precisions[0]} {what}" for what in ("lrn", "start")]
     with tempfile.TemporaryDirectory() as folder:
@@ -304,12 +341,12 @@ def main(argv: list[str] | None = None) -> int:
         rounds = []
         for number in range(args.rounds):
             print(f"round {number + 1} of {args.rounds}", file=sys.stderr)
-            rounds.append({name: spawn(name, data) for name in names})
+            rounds.append({name: spawn(name, data, device) for name in names})
     found = {
         name: {key: statistics.median(r[name][key] for r in rounds) for key in rounds[0][name]}
         for name in names
     }
-    print_table(found, precisions)
+    print_table(found, precisions, device)
     return 0
 
 

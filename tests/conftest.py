@@ -9,10 +9,13 @@ import random
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -88,6 +91,15 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A split of two classes: 6 drawings to train, 3 to val."""
+    folder = tmp_path_factory.mktemp("few")
+    for side, classes in (("train", {"a": 3, "b": 3}), ("val", {"a": 2, "b": 1})):
+        draw_photos(folder / side, classes, kinds=("daisy", "tulips"))
+    return folder
+
+
+@pytest.fixture(scope="session")
 def data(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The drawings split: 13 to train, 3 to val."""
     output = tmp_path_factory.mktemp("split") / "data"
@@ -102,3 +114,23 @@ def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("run")
     assert train.main(["--data", str(data), "--output", str(output), "--epochs", "2"]) == 0
     return output
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
+    """What CUDA's driver tells of two cards that are not there; it may be changed.
+
+    The driver's calls are replaced, no function of torch.cuda; tensors are fake meanwhile.
+    """
+    told = SimpleNamespace(free=5000, fraction=1.0, major=8, minor=0, name="a card")
+    memory = SimpleNamespace(cudaMemGetInfo=lambda index: (told.free, 10_000))
+    cuda = {"_initialized": True, "_cached_device_count": 2, "_cudart": memory}
+    for name, answer in (cuda | {"_get_device_properties": lambda index: told}).items():
+        monkeypatch.setattr(torch.cuda, name, answer, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_getMemoryFraction", lambda i: told.fraction, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)  # these two are set back
+    precision = torch.get_float32_matmul_precision()
+    with FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True):
+        yield told
+    torch.set_float32_matmul_precision(precision)

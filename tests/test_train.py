@@ -44,15 +44,6 @@ def narrow() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A split of two classes: 6 photos to train, 3 to val."""
-    folder = tmp_path_factory.mktemp("few")
-    for side, classes in (("train", {"a": 3, "b": 3}), ("val", {"a": 2, "b": 1})):
-        draw_photos(folder / side, classes, kinds=("daisy", "tulips"))
-    return folder
-
-
-@pytest.fixture(scope="module")
 def two(few: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run of two epochs; tests change copies of it."""
     return run_train(few, tmp_path_factory.mktemp("two"), "--epochs", "2")
@@ -555,25 +546,21 @@ def test_saving_takes_a_tenth_of_the_time_at_most(few, tmp_path, monkeypatch):
     assert len(torch.load(tmp_path / "last.pt")["history"]) == len(history_of(tmp_path)) == 3
 
 
-@pytest.mark.parametrize("free, fraction, fits", [(5000, 1, 1), (3999, 1, 0), (5000, 0.3, 0)])
-def test_pixels_lie_on_a_card_that_has_room(monkeypatch, free, fraction, fits):
-    photos = photos_of(torch.zeros((10, 10, 10, 1), dtype=torch.uint8), torch.zeros(10).long(), 1)
-    memory, share = Mock(return_value=(free, 10_000)), Mock(return_value=fraction)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", memory)
-    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", share)
-    moved = Mock()
-    monkeypatch.setattr(Tensor, "to", lambda x, device: moved)
-    photos.move_to(torch.device("cuda"))
-    assert (photos.pixels is moved) == fits
-
-
 def test_overwriting_keeps_a_run_until_an_epoch_is_whole(two, few, tmp_path, monkeypatch, capsys):
     output = shutil.copytree(two, tmp_path / "run")
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as caught:
-        patch.setattr(train, "evaluate", Mock(side_effect=KeyboardInterrupt))
-        run_train(few, output, "--overwrite")
-    assert caught.value.code == 130 and "--resume" in capsys.readouterr().err
-    assert contents(output) == contents(two)
+    evaluate = train.evaluate
+    for epochs, says in ((0, "no epoch of this run is saved yet"), (1, "goes on after epoch 1")):
+        results = [(0.5, 0.5)] * epochs + [KeyboardInterrupt]
+        monkeypatch.setattr(train, "evaluate", Mock(side_effect=results))
+        with pytest.raises(SystemExit) as caught:
+            run_train(few, output, "--overwrite", "--seed", "1")
+        printed = capsys.readouterr().err
+        assert caught.value.code == 130 and printed.endswith(f"{says}\n")
+        assert ("--resume" in printed) == bool(epochs)
+        assert (contents(output) == contents(two)) == (not epochs)
+    names = {path.name for path in output.iterdir()}
+    assert names == FILES - {"run.json", "kernels.png"}  # which were the earlier run's
+    monkeypatch.setattr(train, "evaluate", evaluate)
     run_train(few, output, "--overwrite", "--epochs", "1", "--seed", "1")
     assert {path.name for path in output.iterdir()} == FILES and len(history_of(output)) == 1
     assert (output / "AlexNet.pth").read_bytes() != (two / "AlexNet.pth").read_bytes()
@@ -667,11 +654,7 @@ def test_options_out_of_range(tmp_path, monkeypatch, capsys):
         assert caught.value.code == 2 and f"--{option}" in capsys.readouterr().err
 
 
-def test_the_precision_is_half_where_the_hardware_has_it(monkeypatch):
-    kinds = {(6, 1): torch.float32, (7, 0): torch.float16, (7, 5): torch.float16}
-    for capability, expected in (kinds | {(8, 0): torch.bfloat16}).items():
-        monkeypatch.setattr(torch.cuda, "get_device_capability", Mock(return_value=capability))
-        assert alexnet.pick_precision("auto", torch.device("cuda")) == expected
+def test_the_precision_is_half_where_the_cpu_has_it(monkeypatch):
     for name, expected in (("avx512_bf16", torch.bfloat16), ("avx2", torch.float32)):
         able = Mock(return_value={"amx_bf16": False, name: True})
         monkeypatch.setattr(torch.cpu, "get_capabilities", able, raising=False)
