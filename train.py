@@ -408,12 +408,12 @@ def best_network(run: Run) -> AlexNet:
 def train_one_epoch(run: Run, epoch: int) -> tuple[float, float]:
     """One pass over the photos; returns the mean loss and accuracy, in training mode."""
     # Seed and epoch tell all that is random, so resuming needs no other state.
-    args, seed = run.args, run.args.seed * 1_000_000 + epoch
+    args = run.args
     # Every photo once, in random order; by --balance those of rare classes more often.
     weights = torch.tensor(run.train_set.counts)[run.train_set.labels] ** -args.balance
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed_of(args.seed, epoch))
     order = weights.multinomial(len(weights), args.balance > 0, generator=generator)
-    torch.manual_seed(seed + (RANK << 40))
+    torch.manual_seed(seed_of(args.seed, epoch, RANK + 1))  # for crops, colours and dropout
     batches = order.split(args.batch_size)
     totals, seen = torch.zeros(2, device=run.device), 0
     run.net.train()
@@ -431,6 +431,11 @@ def train_one_epoch(run: Run, epoch: int) -> tuple[float, float]:
             loss, accuracy = mean_over_processes(totals, seen, f"epoch {epoch}, lr {run.lr:g}")
             bar.set_postfix(loss=f"{loss:.3f}", accuracy=f"{accuracy:.3f}")
     return loss, accuracy
+
+
+def seed_of(*numbers: int) -> int:
+    """A seed for these numbers; of longer ones a CPU's generator sees the lower 32 bits alone."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 def train_one_batch(run: Run, batch: Tensor) -> Tensor:
