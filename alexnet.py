@@ -359,11 +359,22 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, path)
+        replace_file(partial, path)
     except (OSError, RuntimeError) as error:  # torch.save hides the former behind the latter
+        if is_out_of_memory(error):
+            raise
         raise OSError(f"{path} cannot be written: {error.__context__ or error}") from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def replace_file(partial: Path, path: Path) -> None:
+    """os.replace, which Windows refuses while a scanner or another program holds the file."""
+    for _ in range(10):
+        with contextlib.suppress(PermissionError):
+            return os.replace(partial, path)
+        time.sleep(0.5)
+    os.replace(partial, path)
 
 
 def temporary_path(path: Path) -> Path:

@@ -44,6 +44,7 @@ from alexnet import CROP_SIZE, IMAGE_SIZE, AlexNet, InputError, replacing
 
 # {option: (default, the paper's, least, most, meaning)}
 OPTIONS = {
+    "epochs": (90, 90, 1, 2**20, "passes over the photos, at most; --resume takes more"),
     "batch_size": (32, 128, 1, 2**20, "photos a step, of all processes together"),
     "lr": (0.01, 0.01, 1e-12, 1e9, "learning rate of SGD"),
     "momentum": (0.9, 0.9, 0, 1, "of SGD"),
@@ -99,10 +100,36 @@ def train(args: Namespace) -> None:
     print(f"classes  {len(counts)}, of {min(counts):,} to {max(counts):,} photos", end="; ")
     print(f"always the likeliest: accuracy {max(run.shares):.4f}")
     print(f"network  {sum(p.numel() for p in run.net.parameters()):,} parameters")
+    share = args.batch_size // WORLD_SIZE
+    if args.mix and round(share * args.mix) < 4:
+        enough = WORLD_SIZE * math.ceil(3.5 / args.mix)
+        print(f"note: of a process's {share} photos too few are mixed to blend any", end="; ")
+        print(f"--batch-size {enough} or more trains as the recipe means")
     if checkpoint:
         resume(run, checkpoint)
+        checkpoint = None  # 0.7 GB
+        if run.is_over and not run.unsaved and (args.output / "run.json").exists():
+            way = "; --epochs with more goes on" if len(run.history) >= args.epochs else ""
+            print(f"this run has ended, after epoch {len(run.history)}: nothing is left to do{way}")
+            return
     elif args.init:
         start_from(run)
+    try:
+        train_epochs(run)
+        report(run)
+    except KeyboardInterrupt:
+        left = "no epoch of this run is saved yet"
+        if run.epochs_saved:
+            left = f"--resume goes on after epoch {run.epochs_saved}"
+        raise KeyboardInterrupt(left) from None
+    finally:
+        if not RANK:
+            save_best(run)
+
+
+def train_epochs(run: Run) -> None:
+    """Train to the end of the run, and save it from time to time."""
+    args, train_set = run.args, run.train_set
     print("epoch       lr   train loss  accuracy   val loss  accuracy   seconds  images/s")
     while not run.is_over:
         epoch, start = len(run.history) + 1, time.perf_counter()
@@ -125,7 +152,6 @@ def train(args: Namespace) -> None:
             print(f"hint: nothing is learnt yet; try --lr {args.lr / 3:.2g} or --batch-size 16")
     if len(run.history) < args.epochs:
         print("ended: the val loss no longer falls")
-    report(run)
 
 
 def open_checkpoint(args: Namespace) -> dict[str, Any] | None:
@@ -147,12 +173,13 @@ def open_checkpoint(args: Namespace) -> dict[str, Any] | None:
     try:
         options = {name: checkpoint["options"][name] for name in KEPT}
     except (KeyError, TypeError):
-        raise InputError(f"{last} is of no run of this train.py; --overwrite starts anew") from None
+        way = "go on with the train.py that wrote it, or start anew in another --output"
+        raise InputError(f"{last} is of another version of train.py; {way}") from None
     for name, value in args.given.items():
-        if options[name] != value:
+        if options[name] != value and name != "epochs":
             option = f"--{name.replace('_', '-')} {options[name]}"
             raise InputError(f"{last} is of a run with {option}; leave the option out")
-    vars(args).update(options)
+    vars(args).update(options | args.given)
     return checkpoint
 
 
@@ -298,6 +325,7 @@ class Run:
         self.history: list[dict[str, float]] = []  # a row an epoch
         self.lowest = math.inf  # val loss, of the best weights
         self.unsaved: dict[str, Tensor] | None = None  # these, until AlexNet.pth has them
+        self.epochs_saved = 0  # in last.pt
         self.next_save = 0.0  # on time.perf_counter()
         # Every 64th pixel of 2,000 photos, RGB in 0..1.
         some = train_set.pixels[:: math.ceil(len(train_set) / 2000), ::8, ::8].reshape(-1, 3) / 255
@@ -373,7 +401,11 @@ def resume(run: Run, checkpoint: dict[str, Any]) -> None:
                 getattr(run, name).load_state_dict(checkpoint[name])
         run.history = list(checkpoint["history"])
     except Exception as error:  # whatever it may hold
-        raise InputError(f"{last} is of another train.py; --overwrite starts anew") from error
+        if alexnet.is_out_of_memory(error):
+            raise
+        way = "go on with the train.py that wrote it, or start anew in another --output"
+        raise InputError(f"{last} is of another version of train.py; {way}") from error
+    run.epochs_saved = len(run.history)
     try:
         run.lowest, _ = evaluate(run, best_network(run))
     except InputError as error:
@@ -493,17 +525,27 @@ def is_on_plateau(run: Run) -> bool:
 
 
 # ----- files
+def save_best(run: Run) -> None:
+    """Write the best weights and the names of their classes, if AlexNet.pth lacks them."""
+    if run.unsaved:
+        with replacing(run.args.output / "AlexNet.pth") as file:
+            torch.save(run.unsaved, file)
+        names = json.dumps(dict(enumerate(run.train_set.classes)), indent=1)
+        with replacing(run.args.output / "class_idx.json") as file:  # an older run's may be there
+            file.write(names.encode())
+        run.unsaved = None
+
+
 def save(run: Run) -> None:
     """Write new best weights, then last.pt: a kill in between repeats epochs."""
     output, start = run.args.output, time.perf_counter()
-    if run.unsaved:
-        with replacing(output / "AlexNet.pth") as file:
-            torch.save(run.unsaved, file)
-        with replacing(output / "class_idx.json") as file:  # at once: an older run's may be there
-            file.write(json.dumps(dict(enumerate(run.train_set.classes)), indent=1).encode())
-        run.unsaved = None
+    save_best(run)
     with replacing(output / "last.pt") as file:
         torch.save(run.state_dict(), file)
+    run.epochs_saved = len(run.history)
+    for name in ("run.json", "kernels.png"):  # of an earlier run, or of this before it went on
+        with contextlib.suppress(OSError):
+            (output / name).unlink()
     rows = [NAMES, *([f"{x:.6g}" for x in row.values()] for row in run.history)]
     try:
         with replacing(output / "history.csv") as file:
@@ -570,7 +612,6 @@ def parse_args(argv: list[str] | None) -> Namespace:
     way = parser.add_mutually_exclusive_group().add_argument
     way("--resume", action="store_true", help="go on with the run in --output, with its options")
     way("--overwrite", action="store_true", help="replace the run in --output")
-    add("--epochs", type=int, default=90, help="passes over the photos, at most (default: 90)")
     add("--accumulate", type=int, default=1, help="pieces of a batch, to save memory (default: 1)")
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: the fastest there is)")
     how = "auto: bfloat16 where it is native, float16 on older CUDA cards"
@@ -585,7 +626,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
     args = parser.parse_args(argv)
     args.given = {name: x for name, x in vars(args).items() if name in KEPT}
     limits = {name: values[2:4] for name, values in OPTIONS.items()}
-    limits |= {"epochs": (1, 2**20), "accumulate": (1, 2**20)}
+    limits |= {"accumulate": (1, 2**20)}
     for name, (least, most) in limits.items():
         if not least <= vars(args).get(name, least) <= most:
             parser.error(f"--{name.replace('_', '-')} must be within {least} to {most}")

@@ -330,6 +330,33 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, write):
     assert path.name in str(caught.value)
 
 
+def test_out_of_memory_while_writing_is_not_called_a_disk_s_fault(tmp_path):
+    full = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+    with pytest.raises(torch.OutOfMemoryError), alexnet.replacing(tmp_path / "a.pt"):
+        raise full
+    assert not os.listdir(tmp_path)
+
+
+def test_a_file_that_another_program_holds_for_a_moment_is_waited_for(tmp_path, monkeypatch):
+    replace, refusals = os.replace, [PermissionError(13, "in use")] * 3
+    monkeypatch.setattr(time, "sleep", lambda seconds: refusals.pop())
+
+    def busy(source: Path, target: Path) -> None:
+        if refusals:
+            raise refusals[-1]
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", busy)
+    with alexnet.replacing(tmp_path / "a.pt") as file:
+        file.write(b"new")
+    assert (tmp_path / "a.pt").read_bytes() == b"new"
+    refusals += [PermissionError(13, "in use")] * 99
+    with pytest.raises(OSError, match=r"a\.pt cannot be written: .*in use"):
+        with alexnet.replacing(tmp_path / "a.pt") as file:
+            file.write(b"newer")
+    assert (tmp_path / "a.pt").read_bytes() == b"new" and len(os.listdir(tmp_path)) == 1
+
+
 def test_what_killed_programs_left_is_removed_when_it_is_a_day_old(tmp_path):
     dead = ["a.pt.0123abcd.tmp", "a.pt.ffffffff.tmp"]
     kept = ["a.pt", "a.pt.0123ABCD.tmp", "a.pt.0123abc.tmp", "a.pt.tmp", "b.pt.0123abcd.tmp"]
