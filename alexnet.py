@@ -28,6 +28,8 @@ from tqdm import tqdm
 IMAGE_SIZE = 256  # pixels a side of a stored photo (section 2)
 CROP_SIZE = 224  # of what the network sees of it (section 4.1)
 VAL_FOLDERS = ("val", "valid", "validation")  # what other sets call it
+# Hidden names of other programs; of x.jpg a Mac keeps a ._x.jpg on foreign drives.
+PRIVATE = ("._", ".ipynb_checkpoints", ".git", ".Trash", ".thumbnails", ".cache")
 READER = 3  # raise it when read_square changes: train.py then decodes anew
 SUFFIXES = "jpg jpeg jpe jfif jfi jif pjpeg png bmp gif tif tiff webp avif ppm pgm".split()
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM", "AVIF")  # EPS would run a program
@@ -173,6 +175,19 @@ def visible_files(folder: Path, above: Iterable[Path] = ()) -> list[Path]:
         elif path.resolve() not in above:
             files += visible_files(path, above)
     return sorted(files, key=Path.as_posix)  # Windows sorts paths without case
+
+
+def name_hidden(folder: Path) -> None:
+    """Print on stderr how many pictures visible_files leaves out, and where they are."""
+    hidden: Counter[str] = Counter()
+    for path in filter(is_picture, folder.rglob("*")):
+        parts = path.relative_to(folder).parts
+        depth = next((i for i, name in enumerate(parts) if name[0] == "."), None)
+        # What other programs keep for themselves is nobody's photo.
+        if depth is not None and not parts[depth].startswith(PRIVATE):
+            hidden["/".join(parts[: depth + 1])] += 1
+    for name, n in sorted(hidden.items()):
+        print(f"skipped, its name begins with a dot: {folder / name} ({n} photos)", file=sys.stderr)
 
 
 def is_picture(path: Path) -> bool:
@@ -417,7 +432,8 @@ def load_classes(weights: Path, net: AlexNet) -> list[str]:
     path, n = weights.with_name("class_idx.json"), net.classifier[-1].out_features
     try:
         index = json.loads(path.read_bytes())
-        classes = [str(index[str(i)]) for i in range(len(index))]
+        names = [str(index[str(i)]) for i in range(len(index))]
+        classes = [unicodedata.normalize("NFC", name) for name in names]  # as class_of does
     except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
         classes = []
     if len(classes) != n:

@@ -36,6 +36,8 @@ from alexnet import AlexNet, InputError, image_files
 
 NEAREST = 6  # training photos that --similar finds
 MOST_DRAWN = 24  # photos in a figure
+FIGURE = Path("prediction.png")  # where neither a display nor --save is
+CONFUSION = Path("confusion_matrix.png")
 
 # Fonts, where installed, for letters that matplotlib's own lacks.
 CJK = ("Noto Sans CJK SC", "Microsoft YaHei", "PingFang SC", "Hiragino Sans", "Malgun Gothic")
@@ -62,6 +64,10 @@ def main(argv: list[str] | None = None) -> int:
         if args.similar and not args.similar.is_dir():
             raise InputError(f"--similar {args.similar} is no folder")
         any_folder = any(path.is_dir() for path in args.photos)
+        if not args.json:
+            figures = [args.save or FIGURE] if args.save or not any_folder else []
+            figures += [CONFUSION] if any_folder else []
+            check_figures(figures, [*files, *training, args.weights])
         views = args.views or ("center" if any_folder else "ten")
         found = predict(net, classes, files, views == "ten", args.top_k)
         if training:
@@ -77,17 +83,27 @@ def main(argv: list[str] | None = None) -> int:
             if args.save or not any_folder:
                 show(draw_answers(answers[:MOST_DRAWN]), args.save)
             if any_folder and any("true_class" in answer for answer in answers):
-                show(draw_confusion(answers, classes), Path("confusion_matrix.png"))
+                show(draw_confusion(answers, classes), CONFUSION)
         return int(len(answers) < len(files))
 
 
 def files_of(path: Path) -> list[Path]:
     """The file, the pictures in a folder, or those of a pattern, which Windows leaves to us."""
     if path.is_dir():
+        alexnet.name_hidden(path)
         if not (files := image_files(path)):
             raise InputError(f"there are no pictures in the folder {path}")
         return files
     return [path] if path.exists() else sorted(map(Path, glob.glob(str(path)))) or [path]
+
+
+def check_figures(figures: list[Path], read: list[Path]) -> None:
+    """Refuse to write a figure over a file that is read, however it is spelled."""
+    taken = {(s.st_dev, s.st_ino) for s in (path.stat() for path in read if path.exists())}
+    for figure in figures:
+        if figure.exists() and (figure.stat().st_dev, figure.stat().st_ino) in taken:
+            way = "give another name by --save, or start this in another folder"
+            raise InputError(f"the figure {figure} would replace a file that is read: {way}")
 
 
 def read_batches(files: list[Path], net: AlexNet) -> Iterator[tuple[list[Path], Tensor]]:
@@ -178,7 +194,7 @@ def show(figure: Figure, save: Path | None) -> None:
     if not save and figure.canvas.required_interactive_framework:
         pyplot.show()
         return
-    path = save or Path("prediction.png")
+    path = save or FIGURE
     with alexnet.replacing(path) as file:
         figure.savefig(file, format=path.suffix[1:])
     pyplot.close(figure)
@@ -261,8 +277,8 @@ def parse_args(argv: list[str] | None) -> Namespace:
     args = parser.parse_args(argv)
     if args.top_k < 1:
         parser.error("--top-k must be at least 1")
-    if args.save and (args.save.suffix not in (".png", ".pdf", ".svg") or args.save in args.photos):
-        parser.error(f"--save {args.save}: give a new name ending in .png, .pdf or .svg")
+    if args.save and args.save.suffix not in (".png", ".pdf", ".svg"):
+        parser.error(f"--save {args.save}: give a name ending in .png, .pdf or .svg")
     return args
 
 

@@ -16,6 +16,7 @@ import random
 import shutil
 import socket
 import sys
+import zipfile
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from http.client import HTTPException
 from itertools import groupby
@@ -78,9 +79,8 @@ def split(args: Namespace, scratch: Path) -> None:
     top = place = args.source
     if not top.is_dir():
         top, place = unpack(top, scratch / "photos"), top.with_suffix("")
-    # The folder of the class folders: the one given, or one deeper in it.
-    parents = [path.parent.parent for path in alexnet.image_files(top) if path.parent != top]
-    source = Path(os.path.commonpath(parents or [top]))
+    alexnet.name_hidden(top)
+    source = find_classes(top)
     place /= source.relative_to(top)  # where the user has it, or would unpack it
     if source != top and place.exists():  # of an archive that is no surprise
         print(f"the classes are the folders in {place}")
@@ -110,16 +110,43 @@ def split(args: Namespace, scratch: Path) -> None:
     os.rename(scratch / "split", output)
 
 
+def find_classes(folder: Path) -> Path:
+    """The folder of the class folders: the one given, or the only one deeper in it."""
+    pictures = alexnet.image_files(folder)
+    while True:
+        places = [path.relative_to(folder).parts[:-1] for path in pictures]
+        inner = {place[0] for place in places if place}
+        # A single folder is no class if its pictures lie in folders of its own.
+        if len(inner) != 1 or max(map(len, places)) < 2:
+            return folder
+        if loose := places.count(()):
+            print(f"skipped, in no folder of a class: {loose} photos in {folder.name}")
+        pictures = [path for path in pictures if path.parent != folder]
+        folder /= inner.pop()
+
+
 def unpack(archive: Path, folder: Path) -> Path:
     """Unpack a .tgz, .tar or .zip into the new `folder`; return that."""
-    safe = {} if archive.suffix == ".zip" else {"filter": "data"}  # a .zip is always safe
     folder.mkdir()
     try:
-        shutil.unpack_archive(archive, folder, **safe)
+        if archive.suffix == ".zip":
+            unpack_zip(archive, folder)
+        else:
+            shutil.unpack_archive(archive, folder, filter="data")
     except Exception as error:  # the decompressors raise almost any type
         way = f"cannot be unpacked ({error}); give what it holds, unpacked, as --source"
         raise InputError(f"{archive} is no folder, and {way}") from error
     return folder
+
+
+def unpack_zip(archive: Path, folder: Path) -> None:
+    """Unpack what a .zip holds; names that lead out of the folder lose their "..", as in unzip."""
+    with zipfile.ZipFile(archive) as file:
+        file.extractall(folder)
+        n_files = sum(not member.is_dir() for member in file.infolist())
+    lost = n_files - sum(path.is_file() for path in folder.rglob("*"))
+    if lost:
+        raise ValueError(f"{lost} of its files have the names of others")
 
 
 def check_classes(photos: list[str], root: Path) -> None:

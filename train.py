@@ -190,6 +190,7 @@ class Photos:
     def __init__(self, folder: Path, output: Path, classes: list[str] | None = None) -> None:
         if not folder.is_dir():
             raise InputError(f"there is no folder {folder}; split_data.py makes it, or fix --data")
+        alexnet.name_hidden(folder)
         names = alexnet.list_photos(folder)
         files, labels = [folder / name for name in names], [*map(alexnet.class_of, names)]
         self.classes = classes or sorted(set(labels))

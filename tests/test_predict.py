@@ -134,7 +134,7 @@ def test_the_surest_mistakes_come_first_and_then_the_most_doubtful(capsys):
 
 def test_patterns_are_expanded_and_the_innermost_class_folder_is_true(answer, photo, trained):
     Path("AlexNet.pth").symlink_to(trained / "AlexNet.pth")
-    index = {"0": "daisy", "1": "ros\u00e9", "2": "tulips"}
+    index = {"0": "daisy", "1": "rose\u0301", "2": "tulips"}  # as another program may write it
     Path("class_idx.json").write_text(json.dumps(index))
     folder = Path("tulips", "rose\u0301", "2019")  # the same name, as macOS may write it
     folder.mkdir(parents=True)
@@ -249,6 +249,40 @@ predict.show(predict.draw_confusion([{answer!a}], [{name!a}]), pathlib.Path("b.s
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8")
     expected = "the figure is in a.png\nthe figure is in b.svg\n"
     assert (done.returncode, done.stderr) == (0, expected)
+
+
+def test_no_figure_replaces_what_is_read(answer, trained, photo, data):
+    Path("photos/tulips").mkdir(parents=True)
+    names = ["prediction.png", "confusion_matrix.png", "photos/tulips/1.png"]
+    for name in names:
+        shutil.copy(photo, name)
+    Path("link.png").symlink_to(names[2])
+    before = {name: Path(name).read_bytes() for name in names}
+    for argv in (
+        ["prediction.png"],
+        ["prediction.png", "--save", Path("prediction.png").absolute()],
+        ["link.png", "--save", names[2]],
+        ["photos", "--save", f"photos/../{names[2]}"],
+        [photo, "--similar", "photos", "--save", names[2]],
+        ["photos", "confusion_matrix.png"],
+    ):
+        message = error_of(predict.main, *argv, "--weights", trained / "AlexNet.pth")
+        assert "would replace a file that is read: give another name by --save" in message
+    assert answer("prediction.png", "--json")[0] == 0  # which draws nothing
+    assert answer("prediction.png", "--save", "other.png")[0] == 0
+    assert answer(photo)[0] == 0 and answer("photos")[0] == 0  # figures of ours are replaced
+    assert {name: Path(name).read_bytes() == content for name, content in before.items()} == {
+        "prediction.png": False, "confusion_matrix.png": False, "photos/tulips/1.png": True,
+    }  # fmt: skip
+
+
+def test_hidden_photos_are_left_out_and_named(answer, photo):
+    for name in ("photos/1.jpg", "photos/.old/1.jpg", "photos/.old/2.jpg", "photos/._1.jpg"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(photo, name)
+    _, out, err = answer("photos", "--json")
+    assert len(out.splitlines()) == 1
+    assert err == f"skipped, its name begins with a dot: {Path('photos/.old')} (2 photos)\n"
 
 
 def test_options_that_cannot_be(answer, photo, capsys):

@@ -91,9 +91,10 @@ def test_equal_photos_stay_on_one_side_and_a_conflict_is_named(tmp_path, capsys)
 
 def test_what_is_no_photo_is_left_out_and_named(twelve, tmp_path, capsys):
     good = (twelve / "a" / "00.jpg").read_bytes()
-    for folder in ("empty", ".hidden", "odd"):
+    for folder in ("empty", ".hidden", "odd", ".git"):
         (twelve / folder).mkdir()
     files = {"LICENSE.txt": b"CC", "top.jpg": good, ".hidden/00.jpg": good, "a/._00.jpg": good}
+    files |= {".hidden/01.jpg": good, "a/.x.jpg": good, ".git/y.jpg": good, ".hidden/z.txt": b"z"}
     files |= {"a/notes.txt": b"x", "odd/1.heic": b"x", "a/broken.jpg": good[:700]}
     for name, data in files.items():
         (twelve / name).write_bytes(data)
@@ -106,6 +107,11 @@ def test_what_is_no_photo_is_left_out_and_named(twelve, tmp_path, capsys):
     first, *kinds = lines[1].split(", 1 ")
     assert first == "skipped, no photos of a class, in photos: 2 .txt"
     assert sorted(kinds) == [".heic", ".jpg"]
+    hidden = [line for line in printed.err.splitlines() if "begins with a dot" in line]
+    assert [line.split(": ")[1] for line in hidden] == [
+        f"{twelve / '.hidden'} (2 photos)",
+        f"{twelve / 'a' / '.x.jpg'} (1 photos)",
+    ]
     for name in ("a/broken.jpg", "a/pipe.jpg"):
         assert f"cannot be read: {twelve / name}: " in printed.err
     for label in ("c", "empty"):
@@ -158,7 +164,16 @@ def test_classes_are_found_deeper_and_a_copy_of_them_is_refused(twelve, tmp_path
     deep = shutil.copytree(twelve, tmp_path / "down" / "load" / "photos")
     files = split(tmp_path / "down", tmp_path / "data")
     assert f"the classes are the folders in {deep}\n" in capsys.readouterr().out
-    assert files == split(twelve, tmp_path / "direct")
+    direct = split(twelve, tmp_path / "direct")
+    assert files == direct
+    # A picture beside the class folders, or beside what holds them, is none of a class.
+    for place, named in ((deep, ".jpg"), (deep.parent, "1 photos in load")):
+        shutil.copyfile(twelve / "a/00.jpg", place / "preview.jpg")
+        zipped = Path(shutil.make_archive(str(tmp_path / "zipped"), "zip", tmp_path / "down"))
+        for n, source in enumerate((tmp_path / "down", zipped)):
+            assert split(source, tmp_path / f"{place.name}{n}") == direct
+            printed = capsys.readouterr().out
+            assert any("skipped" in x and named in x for x in printed.splitlines()), printed
     shutil.copytree(twelve, deep / "photos")
     assert "load/photos/photos seems to be a copy" in refusal(tmp_path / "down", tmp_path / "new")
 
@@ -225,9 +240,14 @@ def test_an_archive_writes_nothing_outside_its_folder(twelve, tmp_path):
             member.type, member.linkname = kind, "../../../mine.jpg"
             tar.addfile(member)
     assert "cannot be unpacked" in refusal(archive, tmp_path / "data")
-    archive = pack(tmp_path / "outside.zip", photos | {"../../evil.jpg": jpeg})
-    assert len(split(archive, tmp_path / "data")) == len(photos) + 1  # without it
-    assert not (tmp_path / "evil.jpg").exists()
+    outside = {"../../a/evil.jpg": jpeg, "/b/rooted.jpg": jpeg, "a/two..dots.jpg": jpeg}
+    archive = pack(tmp_path / "outside.zip", photos | outside)
+    found = split(archive, tmp_path / "data")
+    names = {name.split("/", 1)[1] for name in found if "/" in name}
+    assert names == {*photos, "a/evil.jpg", "b/rooted.jpg", "a/two..dots.jpg"}
+    assert not [*tmp_path.parent.glob("*/evil.jpg"), *tmp_path.glob("a")]
+    archive = pack(tmp_path / "twice.zip", photos | {"../a/00.jpg": jpeg, "/a/00.jpg": jpeg})
+    assert "2 of its files have the names of others" in refusal(archive, tmp_path / "other")
 
 
 def test_a_source_that_is_none_is_named(twelve, tmp_path):

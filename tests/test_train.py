@@ -430,6 +430,7 @@ def rates_of(results: list, folder: Path, patch: pytest.MonkeyPatch, n_large: in
     patch.setattr(train, "Photos", Mock(return_value=photos))
     patch.setattr(train, "train_one_epoch", lambda run, epoch: (1.0, 0.5))
     patch.setattr(train, "evaluate", Mock(side_effect=results))
+    patch.setattr(train, "save_best", Mock())
     patch.setattr(train, "save", Mock())
     patch.setattr(train, "report", report)
     run_train(folder, folder, "--patience", "2", "--epochs", str(len(results)))
@@ -564,6 +565,87 @@ def test_overwriting_keeps_a_run_until_an_epoch_is_whole(two, few, tmp_path, mon
     run_train(few, output, "--overwrite", "--epochs", "1", "--seed", "1")
     assert {path.name for path in output.iterdir()} == FILES and len(history_of(output)) == 1
     assert (output / "AlexNet.pth").read_bytes() != (two / "AlexNet.pth").read_bytes()
+
+
+def test_ctrl_c_in_an_epoch_keeps_the_best_weights_and_changes_no_result(
+    few, tmp_path, monkeypatch
+):
+    unbroken = run_train(few, tmp_path / "unbroken", "--epochs", "4")
+    histories = [float(row["val_loss"]) for row in history_of(unbroken)]
+    monkeypatch.setattr(train, "SAVE_PAUSE", 1e9)  # last.pt is written behind the first epoch
+    broken, step, calls = tmp_path / "broken", train.train_one_batch, []
+
+    def stop_in_the_fourth_epoch(run: train.Run, batch: Tensor) -> Tensor:
+        calls.append(batch)
+        if len(calls) == 8:  # the second batch
+            raise KeyboardInterrupt
+        return step(run, batch)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(train, "train_one_batch", stop_in_the_fourth_epoch)
+        run_train(few, broken, "--epochs", "4")
+    assert len(history_of(broken)) == 1
+    net = alexnet.load_network(broken / "AlexNet.pth")
+    run = new_run(few, tmp_path / "fresh")
+    assert train.evaluate(run, net)[0] == pytest.approx(min(histories[:3]), rel=1e-4)
+    run_train(few, broken, "--resume")
+    assert history_of(broken) == history_of(unbroken)
+    for name in ("AlexNet.pth", "last.pt"):
+        assert same(*(alexnet.load_tensors(x / name) for x in (broken, unbroken))), name
+
+
+def test_the_number_of_epochs_is_kept_and_can_be_raised(two, few, tmp_path, capsys):
+    output = shutil.copytree(two, tmp_path / "run")
+    run_train(few, output, "--resume")
+    assert "ended, after epoch 2: nothing is left to do" in capsys.readouterr().out
+    assert contents(output) == contents(two)
+    run_train(few, output, "--resume", "--epochs", "4")
+    assert len(history_of(output)) == 4
+    assert alexnet.load_tensors(output / "last.pt")["options"]["epochs"] == 4
+    for name in ("run.json", "kernels.png"):
+        (output / name).unlink()  # as after a kill behind the last epoch
+    run_train(few, output, "--resume")
+    assert {path.name for path in output.iterdir()} == FILES and len(history_of(output)) == 4
+
+
+def test_a_full_memory_while_resuming_is_no_reason_to_overwrite(two, few, tmp_path, monkeypatch):
+    output = shutil.copytree(two, tmp_path / "run")
+    full = Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"))
+    monkeypatch.setattr(torch.optim.SGD, "load_state_dict", full)
+    message = refusal(few, output, "--resume", "--epochs", "3")
+    assert message.startswith("error: out of memory;") and "--overwrite" not in message
+    assert contents(output) == contents(two)
+
+
+def test_photos_added_to_val_are_another_scale(two, few, tmp_path):
+    data = copy_of(few, tmp_path / "data")
+    shutil.copyfile(data / "train/a/00.jpg", data / "val/a/new.jpg")
+    assert "other photos to train or val" in refusal(data, two, "--resume", "--epochs", "3")
+
+
+def test_the_order_of_photos_and_their_crops_are_drawn_from_two_streams(few, tmp_path, monkeypatch):
+    orders, draws = [], []
+
+    def record(run: train.Run, batch: Tensor) -> Tensor:
+        orders.append(batch)
+        draws.append(torch.empty(6).exponential_())  # from which multinomial makes an order
+        return torch.zeros(2)
+
+    monkeypatch.setattr(train, "train_one_batch", record)
+    for rank in (0, 1):  # whose order is the same, and whose draws are not
+        monkeypatch.setattr(train, "RANK", rank)
+        for epoch in (1, 2, 3):
+            train.train_one_epoch(new_run(few, tmp_path, "--batch-size", "6"), epoch)
+    ours = [(1 / draw).argsort(descending=True).tolist() for draw in draws]
+    assert [order.tolist() for order in orders] != ours
+    assert same(orders[:3], orders[3:]) and not same(draws[0], draws[3])
+
+
+def test_too_few_photos_to_blend_any_are_told(few, tmp_path, capsys):
+    for size, mix, told in ((7, 0.5, False), (6, 0.5, True), (4, 0, False), (4, 0.9, False)):
+        options = f"--overwrite --epochs 1 --batch-size {size} --mix {mix}".split()
+        run_train(few, tmp_path, *options)
+        assert ("--batch-size 7 or more" in capsys.readouterr().out) == told
 
 
 def test_a_full_disk_is_one_line_and_leaves_whole_files(two, few, tmp_path, monkeypatch):
