@@ -35,6 +35,7 @@ SUFFIXES = "jpg jpeg jpe jfif jfi jif pjpeg png bmp gif tif tiff webp avif ppm p
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM", "AVIF")  # EPS would run a program
 
 warnings.filterwarnings("ignore", module="PIL")  # a file is read, or one line says why not
+warnings.filterwarnings("ignore", "Please use the new API settings to control TF32")  # torch 2.9
 
 
 # ----- the network
@@ -338,6 +339,7 @@ def pick_device(name: str) -> torch.device:
         reason = str(error).split("\n")[0]
         raise InputError(f"--device {name}: {reason}; --device cpu works everywhere") from error
     if probe.device.type == "cuda":
+        torch.cuda.set_device(probe.device)  # which autocast asks, whatever the tensors' card
         torch.backends.cudnn.benchmark = True  # most batches have one shape
         torch.set_float32_matmul_precision("high")  # TF32
     return probe.device  # torch.cuda's functions on memory refuse a device without an index
@@ -355,6 +357,11 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
     has = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.10 cannot tell: float32
     native = device.type == "cpu" and any(map(has.get, ("avx512_bf16", "amx_bf16", "bf16")))
     return torch.bfloat16 if native else torch.float32
+
+
+def pick_layout(device: torch.device) -> torch.memory_format:
+    """channels_last, in which convolutions are fastest; but on MPS they are slowest."""
+    return torch.contiguous_format if device.type == "mps" else torch.channels_last
 
 
 def keep_large_blocks() -> None:

@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
         device = alexnet.pick_device(args.device)
         net = alexnet.load_network(args.weights)
         classes = alexnet.load_classes(args.weights, net)
-        net.to(device, memory_format=torch.channels_last)
+        net.to(device, memory_format=alexnet.pick_layout(device))
         files = [file for path in args.photos for file in files_of(path)]
         training = files_of(args.similar) if args.similar else []
         if args.similar and not args.similar.is_dir():

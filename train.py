@@ -76,6 +76,8 @@ def main(argv: list[str] | None = None) -> int:
     less = f"--accumulate {4 * args.accumulate} computes the same batch in smaller pieces"
     with alexnet.one_line_errors(less):
         train(args)
+        if WORLD_SIZE > 1:
+            dist.destroy_process_group()
     return 0
 
 
@@ -228,8 +230,11 @@ class Photos:
 
     def take(self, indices: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
         """Pixels (n, 256, 256, 3) and labels (n,) of these photos."""
-        pixels = self.pixels[indices.to(self.pixels.device)]
-        return pixels.to(device), self.labels[indices].to(device)
+        # On a card the step before may still run; elsewhere a copy could outlive its source.
+        no_wait = device.type == "cuda"
+        pixels = self.pixels[indices.to(self.pixels.device, non_blocking=no_wait)]
+        labels = self.labels[indices]
+        return pixels.to(device), labels.to(device, non_blocking=no_wait)
 
 
 def write_pixels(path: Path, files: list[Path]) -> int:
@@ -344,16 +349,18 @@ class Run:
         if args.recipe == "default":  # drawings may have no deviation
             std = covariance.diagonal().clip(1 / 255**2).sqrt()
             self.net.std.copy_(std[:, None, None])
-        self.net.to(device, memory_format=torch.channels_last)
+        self.net.to(device, memory_format=alexnet.pick_layout(device))
         self.average = copy.deepcopy(self.net).eval().requires_grad_(False)  # evaluated, saved
-        settings = {"momentum": args.momentum, "weight_decay": args.weight_decay, "fused": True}
+        settings = {"momentum": args.momentum, "weight_decay": args.weight_decay}
+        settings["fused"] = device.type != "mps"  # which up to torch 2.12 ignores the scaler
         self.optimizer = torch.optim.SGD(self.net.parameters(), args.lr, **settings)
         for p in self.net.parameters():  # unset where the scaler skips the first step
             self.optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
         rule = {"patience": args.patience, "threshold": 0.01, "eps": 0}  # slower: a drop gains more
         self.scheduler = ReduceLROnPlateau(self.optimizer, **rule)
         precision = alexnet.pick_precision(args.precision, device)
-        self.autocast = torch.autocast(device.type, precision, enabled=precision != torch.float32)
+        half = precision != torch.float32
+        self.autocast = torch.autocast(device.type, precision if half else None, enabled=half)
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
         self.hardware = name_hardware(device, precision)
 
@@ -400,6 +407,9 @@ def resume(run: Run, checkpoint: dict[str, Any]) -> None:
         for name in run.PARTS:
             if checkpoint[name]:  # empty: of a scaler that was off
                 getattr(run, name).load_state_dict(checkpoint[name])
+        # From a Mac it comes in another layout, and a CPU's fused SGD would mix the elements.
+        for p, state in run.optimizer.state.items():
+            state["momentum_buffer"] = torch.empty_like(p).copy_(state["momentum_buffer"])
         run.history = list(checkpoint["history"])
     except Exception as error:  # whatever it may hold
         if alexnet.is_out_of_memory(error):
@@ -435,7 +445,7 @@ def best_network(run: Run) -> AlexNet:
     net = alexnet.load_network(path)
     if [p.shape for p in net.parameters()] != [p.shape for p in run.net.parameters()]:
         raise InputError(f"{path} holds the weights of another network")
-    return net.to(run.device, memory_format=torch.channels_last)
+    return net.to(run.device, memory_format=alexnet.pick_layout(run.device))
 
 
 def train_one_epoch(run: Run, epoch: int) -> tuple[float, float]:
@@ -641,21 +651,29 @@ NO_BAR = RANK > 0 or None  # None: a bar where somebody watches
 
 
 def connect_processes(args: Namespace) -> None:
-    """NCCL carries the gradients between CUDA cards, gloo between CPUs."""
+    """NCCL carries the gradients between CUDA cards, gloo between CPUs (and cards of Windows)."""
     if WORLD_SIZE > 1:
-        cuda = torch.cuda.is_available() and args.device != "cpu"
-        if cuda:
-            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-            torch.cuda.set_device(alexnet.pick_device(args.device))
-        elif args.device not in ("auto", "cpu"):  # gloo knows no MPS
-            raise InputError(f"--device {args.device}: torchrun needs CUDA cards, or CPUs")
-        else:
-            args.device = "cpu"
         patience = timedelta(days=1)  # decoding may take hours
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=patience)
-        atexit.register(dist.destroy_process_group)
+        if torch.cuda.is_available() and args.device != "cpu":
+            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+            device = alexnet.pick_device(args.device)
+            backend = "nccl" if dist.is_nccl_available() else "gloo"
+            dist.init_process_group(backend, timeout=patience, device_id=device)
+        elif args.device in ("auto", "cpu"):  # gloo knows no MPS
+            args.device = "cpu"
+            dist.init_process_group("gloo", timeout=patience)
+        else:
+            raise InputError(f"--device {args.device}: torchrun needs CUDA cards, or CPUs")
+        atexit.register(leave_others)
     if RANK:
         sys.stdout = open(os.devnull, "w")
+
+
+def leave_others() -> None:
+    """End a process that failed: to take leave of the others would wait for them, for ever."""
+    if dist.is_initialized():  # main did not come to its end
+        sys.stderr.flush()
+        os._exit(1)
 
 
 def wait_for_others() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -40,6 +42,26 @@ def simplify(replace: Callable[[Any, str, Any], None]) -> None:
     replace(torch.nn.Dropout, "forward", lambda self, x: x)
     replace(train, "draw_crops", central)
     replace(train, "draw_colors", unchanged)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without CUDA")
+def test_without_cuda_processes_are_connected_on_the_cpu_alone(monkeypatch):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    places = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": "0", "WORLD_SIZE": "1"}
+    for name, value in places.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(train, "WORLD_SIZE", 2)
+    with pytest.raises(
+        alexnet.InputError, match="--device mps: torchrun needs CUDA cards, or CPUs"
+    ):
+        train.connect_processes(train.parse_args(["--device", "mps"]))
+    args = train.parse_args([])
+    train.connect_processes(args)
+    atexit.unregister(train.leave_others)
+    assert args.device == "cpu" and torch.distributed.get_backend() == "gloo"
+    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no distributed")
