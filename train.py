@@ -657,8 +657,10 @@ def connect_processes(args: Namespace) -> None:
         if torch.cuda.is_available() and args.device != "cpu":
             args.device = f"cuda:{os.environ['LOCAL_RANK']}"
             device = alexnet.pick_device(args.device)
-            backend = "nccl" if dist.is_nccl_available() else "gloo"
-            dist.init_process_group(backend, timeout=patience, device_id=device)
+            if dist.is_nccl_available():
+                dist.init_process_group("nccl", timeout=patience, device_id=device)
+            else:  # on Windows
+                dist.init_process_group("gloo", timeout=patience)
         elif args.device in ("auto", "cpu"):  # gloo knows no MPS
             args.device = "cpu"
             dist.init_process_group("gloo", timeout=patience)
