@@ -126,6 +126,14 @@ def test_the_pack_is_made_once_and_anew_when_a_file_changes(few, tmp_path, monke
     assert np.array_equal(open_photos(data, tmp_path)[0].pixels, train_set.pixels)
 
 
+def test_a_class_whose_name_begins_with_a_dot_is_left_out_and_named(few, tmp_path, capsys):
+    data = copy_of(few, tmp_path / "data")
+    draw_photos(data / "train", {".net": 2})
+    train_set, _ = open_photos(data, tmp_path)
+    assert train_set.classes == ["a", "b"]
+    assert f"{data / 'train' / '.net'} (2 photos)" in capsys.readouterr().err
+
+
 def test_a_set_may_be_larger_than_the_memory(few, tmp_path, monkeypatch):
     def write_empty(path: Path, files: list[Path]) -> int:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
