@@ -28,7 +28,7 @@ from tqdm import tqdm
 IMAGE_SIZE = 256  # pixels a side of a stored photo (section 2)
 CROP_SIZE = 224  # of what the network sees of it (section 4.1)
 VAL_FOLDERS = ("val", "valid", "validation")  # what other sets call it
-# Hidden names of other programs; of x.jpg a Mac keeps a ._x.jpg on foreign drives.
+# What other programs keep for themselves is nobody's photo; a Mac adds a ._x.jpg to x.jpg.
 PRIVATE = ("._", ".ipynb_checkpoints", ".git", ".Trash", ".thumbnails", ".cache")
 READER = 3  # raise it when read_square changes: train.py then decodes anew
 SUFFIXES = "jpg jpeg jpe jfif jfi jif pjpeg png bmp gif tif tiff webp avif ppm pgm".split()
@@ -86,8 +86,8 @@ class LocalResponseNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:  # plain operations can be exported
             return normalize(x)
-        # A few photos at a time, as the backward pass makes seven temporary tensors: on a CPU as
-        # many as its cache holds, on a card enough to keep it busy.
+        # A few photos at a time, as the backward pass makes seven temporary tensors; a card gets
+        # more at once, since each of its kernels takes time to start.
         parts = x.split(4 if x.device.type == "cpu" else 32)
         return torch.cat([NormalizeFunction.apply(part) for part in parts])
 
@@ -167,28 +167,25 @@ class AlexNet(nn.Module):
 
 # ----- what the network looks at
 def visible_files(folder: Path, above: Iterable[Path] = ()) -> list[Path]:
-    """The files below a folder, sorted; links are followed, hidden names left out."""
+    """The files below a folder, sorted; links are followed, hidden names left out and told."""
     here, files = folder.resolve(), []
     above = {*above, here, *here.parents}  # a link to one of them would never end
-    for path in [x for x in folder.iterdir() if x.name[0] != "."]:
-        if not path.is_dir():
+    for path in sorted(folder.iterdir()):
+        if path.name[0] == ".":
+            tell_hidden(path)
+        elif not path.is_dir():
             files.append(path)
         elif path.resolve() not in above:
             files += visible_files(path, above)
     return sorted(files, key=Path.as_posix)  # Windows sorts paths without case
 
 
-def name_hidden(folder: Path) -> None:
-    """Print on stderr how many pictures visible_files leaves out, and where they are."""
-    hidden: Counter[str] = Counter()
-    for path in filter(is_picture, folder.rglob("*")):
-        parts = path.relative_to(folder).parts
-        depth = next((i for i, name in enumerate(parts) if name[0] == "."), None)
-        # What other programs keep for themselves is nobody's photo.
-        if depth is not None and not parts[depth].startswith(PRIVATE):
-            hidden["/".join(parts[: depth + 1])] += 1
-    for name, n in sorted(hidden.items()):
-        print(f"skipped, its name begins with a dot: {folder / name} ({n} photos)", file=sys.stderr)
+def tell_hidden(path: Path) -> None:
+    """Say on stderr how many pictures are left out with this hidden file or folder."""
+    if path.name.startswith(PRIVATE):
+        return
+    if n := sum(map(is_picture, [path, *path.rglob("*")])):
+        print(f"skipped, its name begins with a dot: {path} ({n} photos)", file=sys.stderr)
 
 
 def is_picture(path: Path) -> bool:
@@ -199,9 +196,8 @@ def image_files(folder: Path) -> list[Path]:
     return list(filter(is_picture, visible_files(folder)))
 
 
-def list_photos(folder: Path) -> list[str]:
-    """The photos in `folder`, as CLASS/.../NAME; prints what else is there."""
-    files = visible_files(folder)
+def list_photos(folder: Path, files: list[Path]) -> list[str]:
+    """Which of the `files` in `folder` are photos, as CLASS/.../NAME; prints what else is there."""
     photos = [path for path in files if is_picture(path) and path.parent != folder]
     names = [path.relative_to(folder).as_posix() for path in photos]
     classes = {name.split("/")[0] for name in names}
@@ -360,7 +356,7 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
 
 
 def pick_layout(device: torch.device) -> torch.memory_format:
-    """channels_last, in which convolutions are fastest; but on MPS they are slowest."""
+    """The fastest for convolutions; on MPS channels_last is not (pytorch issue 193349)."""
     return torch.contiguous_format if device.type == "mps" else torch.channels_last
 
 

@@ -90,7 +90,6 @@ def main(argv: list[str] | None = None) -> int:
 def files_of(path: Path) -> list[Path]:
     """The file, the pictures in a folder, or those of a pattern, which Windows leaves to us."""
     if path.is_dir():
-        alexnet.name_hidden(path)
         if not (files := image_files(path)):
             raise InputError(f"there are no pictures in the folder {path}")
         return files
@@ -99,9 +98,8 @@ def files_of(path: Path) -> list[Path]:
 
 def check_figures(figures: list[Path], read: list[Path]) -> None:
     """Refuse to write a figure over a file that is read, however it is spelled."""
-    taken = {(s.st_dev, s.st_ino) for s in (path.stat() for path in read if path.exists())}
-    for figure in figures:
-        if figure.exists() and (figure.stat().st_dev, figure.stat().st_ino) in taken:
+    for figure in filter(Path.exists, figures):
+        if any(path.exists() and path.samefile(figure) for path in read):
             way = "give another name by --save, or start this in another folder"
             raise InputError(f"the figure {figure} would replace a file that is read: {way}")
 

@@ -18,6 +18,7 @@ import socket
 import sys
 import zipfile
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Iterable
 from http.client import HTTPException
 from itertools import groupby
 from pathlib import Path
@@ -79,12 +80,12 @@ def split(args: Namespace, scratch: Path) -> None:
     top = place = args.source
     if not top.is_dir():
         top, place = unpack(top, scratch / "photos"), top.with_suffix("")
-    alexnet.name_hidden(top)
-    source = find_classes(top)
+    files = alexnet.visible_files(top)
+    source = find_classes(top, filter(alexnet.is_picture, files))
     place /= source.relative_to(top)  # where the user has it, or would unpack it
     if source != top and place.exists():  # of an archive that is no surprise
         print(f"the classes are the folders in {place}")
-    photos = alexnet.list_photos(source)
+    photos = alexnet.list_photos(source, [path for path in files if source in path.parents])
     check_classes(photos, place)
     digests = check_photos(source, photos)
     rates = {"val": args.val_rate} | ({"test": args.test_rate} if args.test_rate else {})
@@ -110,18 +111,17 @@ def split(args: Namespace, scratch: Path) -> None:
     os.rename(scratch / "split", output)
 
 
-def find_classes(folder: Path) -> Path:
+def find_classes(folder: Path, pictures: Iterable[Path]) -> Path:
     """The folder of the class folders: the one given, or the only one deeper in it."""
-    pictures = alexnet.image_files(folder)
+    places = [path.relative_to(folder).parts[:-1] for path in pictures]
     while True:
-        places = [path.relative_to(folder).parts[:-1] for path in pictures]
         inner = {place[0] for place in places if place}
         # A single folder is no class if its pictures lie in folders of its own.
         if len(inner) != 1 or max(map(len, places)) < 2:
             return folder
         if loose := places.count(()):
             print(f"skipped, in no folder of a class: {loose} photos in {folder.name}")
-        pictures = [path for path in pictures if path.parent != folder]
+        places = [place[1:] for place in places if place]
         folder /= inner.pop()
 
 
@@ -140,7 +140,7 @@ def unpack(archive: Path, folder: Path) -> Path:
 
 
 def unpack_zip(archive: Path, folder: Path) -> None:
-    """Unpack what a .zip holds; names that lead out of the folder lose their "..", as in unzip."""
+    """Unpack all that a .zip holds; names that lead out of the folder lose their ".."."""
     with zipfile.ZipFile(archive) as file:
         file.extractall(folder)
         n_files = sum(not member.is_dir() for member in file.infolist())

@@ -66,6 +66,7 @@ RAMP_EPOCHS = 60  # --rotation and --jitter rise over these, as in full they slo
 MAX_LR_DROPS = 3  # section 5: by 10 each, where val stalls; a fourth ends the run
 AVERAGE_EVERY = 8  # steps; at each it took 3 % of a CPU's time
 SAVE_PAUSE = 9  # times as long as saving took: a card's epoch is a second
+OTHER_VERSION = "is of another version of train.py: go on with that, or take another --output"
 NAMES = "epoch lr train_loss train_accuracy val_loss val_accuracy seconds images_per_second".split()
 
 warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nor written
@@ -102,14 +103,12 @@ def train(args: Namespace) -> None:
     print(f"classes  {len(counts)}, of {min(counts):,} to {max(counts):,} photos", end="; ")
     print(f"always the likeliest: accuracy {max(run.shares):.4f}")
     print(f"network  {sum(p.numel() for p in run.net.parameters()):,} parameters")
-    share = args.batch_size // WORLD_SIZE
-    if args.mix and round(share * args.mix) < 4:
+    if args.mix and round(args.batch_size // WORLD_SIZE * args.mix) < 4:  # see make_batch
         enough = WORLD_SIZE * math.ceil(3.5 / args.mix)
-        print(f"note: of a process's {share} photos too few are mixed to blend any", end="; ")
-        print(f"--batch-size {enough} or more trains as the recipe means")
+        print(f"note: mixup needs more photos; --batch-size {enough} or more is as the recipe means")
     if checkpoint:
         resume(run, checkpoint)
-        checkpoint = None  # 0.7 GB
+        checkpoint = None  # frees 0.7 GB
         if run.is_over and not run.unsaved and (args.output / "run.json").exists():
             way = "; --epochs with more goes on" if len(run.history) >= args.epochs else ""
             print(f"this run has ended, after epoch {len(run.history)}: nothing is left to do{way}")
@@ -175,8 +174,7 @@ def open_checkpoint(args: Namespace) -> dict[str, Any] | None:
     try:
         options = {name: checkpoint["options"][name] for name in KEPT}
     except (KeyError, TypeError):
-        way = "go on with the train.py that wrote it, or start anew in another --output"
-        raise InputError(f"{last} is of another version of train.py; {way}") from None
+        raise InputError(f"{last} {OTHER_VERSION}") from None
     for name, value in args.given.items():
         if options[name] != value and name != "epochs":
             option = f"--{name.replace('_', '-')} {options[name]}"
@@ -192,8 +190,7 @@ class Photos:
     def __init__(self, folder: Path, output: Path, classes: list[str] | None = None) -> None:
         if not folder.is_dir():
             raise InputError(f"there is no folder {folder}; split_data.py makes it, or fix --data")
-        alexnet.name_hidden(folder)
-        names = alexnet.list_photos(folder)
+        names = alexnet.list_photos(folder, alexnet.visible_files(folder))
         files, labels = [folder / name for name in names], [*map(alexnet.class_of, names)]
         self.classes = classes or sorted(set(labels))
         if len(self.classes) < 2 or not files:
@@ -230,11 +227,11 @@ class Photos:
 
     def take(self, indices: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
         """Pixels (n, 256, 256, 3) and labels (n,) of these photos."""
-        # On a card the step before may still run; elsewhere a copy could outlive its source.
+        # A card need not end its last step first; on MPS such a copy could outlive its source.
         no_wait = device.type == "cuda"
         pixels = self.pixels[indices.to(self.pixels.device, non_blocking=no_wait)]
-        labels = self.labels[indices]
-        return pixels.to(device), labels.to(device, non_blocking=no_wait)
+        labels = self.labels[indices].to(device, non_blocking=no_wait)
+        return pixels.to(device), labels
 
 
 def write_pixels(path: Path, files: list[Path]) -> int:
@@ -352,7 +349,7 @@ class Run:
         self.net.to(device, memory_format=alexnet.pick_layout(device))
         self.average = copy.deepcopy(self.net).eval().requires_grad_(False)  # evaluated, saved
         settings = {"momentum": args.momentum, "weight_decay": args.weight_decay}
-        settings["fused"] = device.type != "mps"  # which up to torch 2.12 ignores the scaler
+        settings["fused"] = device.type != "mps"  # where it ignored the scaler (pytorch 186360)
         self.optimizer = torch.optim.SGD(self.net.parameters(), args.lr, **settings)
         for p in self.net.parameters():  # unset where the scaler skips the first step
             self.optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
@@ -414,8 +411,7 @@ def resume(run: Run, checkpoint: dict[str, Any]) -> None:
     except Exception as error:  # whatever it may hold
         if alexnet.is_out_of_memory(error):
             raise
-        way = "go on with the train.py that wrote it, or start anew in another --output"
-        raise InputError(f"{last} is of another version of train.py; {way}") from error
+        raise InputError(f"{last} {OTHER_VERSION}") from error
     run.epochs_saved = len(run.history)
     try:
         run.lowest, _ = evaluate(run, best_network(run))
@@ -656,16 +652,15 @@ def connect_processes(args: Namespace) -> None:
         patience = timedelta(days=1)  # decoding may take hours
         if torch.cuda.is_available() and args.device != "cpu":
             args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-            device = alexnet.pick_device(args.device)
-            if dist.is_nccl_available():
-                dist.init_process_group("nccl", timeout=patience, device_id=device)
-            else:  # on Windows
-                dist.init_process_group("gloo", timeout=patience)
         elif args.device in ("auto", "cpu"):  # gloo knows no MPS
             args.device = "cpu"
-            dist.init_process_group("gloo", timeout=patience)
         else:
             raise InputError(f"--device {args.device}: torchrun needs CUDA cards, or CPUs")
+        device = alexnet.pick_device(args.device)
+        if device.type == "cuda" and dist.is_nccl_available():  # Windows has none
+            dist.init_process_group("nccl", timeout=patience, device_id=device)
+        else:
+            dist.init_process_group("gloo", timeout=patience)
         atexit.register(leave_others)
     if RANK:
         sys.stdout = open(os.devnull, "w")

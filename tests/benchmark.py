@@ -2,7 +2,7 @@
 
     python tests/benchmark.py                      # about ten minutes on two CPU cores
     python tests/benchmark.py --rounds 5
-    python tests/benchmark.py --device cuda        # about three minutes on a card
+    python tests/benchmark.py --device cuda        # not yet run on a card
 
 Stock is the same network as a tutorial writes it: nn.LocalResponseNorm, contiguous float32
 tensors, an ImageFolder with RandomResizedCrop, flip and ColorJitter, a DataLoader without workers,

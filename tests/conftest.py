@@ -130,8 +130,8 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     monkeypatch.setattr(torch._C, "_cuda_getMemoryFraction", lambda i: told.fraction, raising=False)
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
     monkeypatch.setattr(torch._C, "_cuda_setDevice", lambda index: None, raising=False)
-    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)  # these two are set back
-    precision = torch.get_float32_matmul_precision()
-    with FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True):
+    precision = torch.get_float32_matmul_precision()  # which pick_device changes, like cudnn's
+    fake = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    with torch.backends.cudnn.flags(enabled=True), fake:
         yield told
     torch.set_float32_matmul_precision(precision)

@@ -104,14 +104,14 @@ def test_twenty_steps_lose_what_they_lose_on_the_cpu(few, tmp_path, monkeypatch)
     """In float32, without TF32; rounding may grow to a hundredth of the loss."""
     runs = [new_run(few, tmp_path, "--device", name, "--lr", "0.001") for name in ("cpu", "cuda")]
     torch.set_float32_matmul_precision("highest")
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     torch.manual_seed(0)
     batches = [train.make_batch(runs[0], torch.randperm(6)) for _ in range(20)]
     losses = []
     for run in runs:
         made = iter([[x.to(run.device) for x in batch] for batch in batches])
         monkeypatch.setattr(train, "make_batch", lambda *_: next(made))  # noqa: B023
-        losses.append([train.train_one_batch(run, torch.arange(6))[0].item() for _ in batches])
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            losses.append([train.train_one_batch(run, torch.arange(6))[0].item() for _ in batches])
     assert losses[1] == pytest.approx(losses[0], rel=0.01)
 
 

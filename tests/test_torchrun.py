@@ -44,6 +44,7 @@ def simplify(replace: Callable[[Any, str, Any], None]) -> None:
     replace(train, "draw_colors", unchanged)
 
 
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no distributed")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without CUDA")
 def test_without_cuda_processes_are_connected_on_the_cpu_alone(monkeypatch):
     with socket.socket() as free:
