@@ -23,7 +23,14 @@ import platform
 import sys
 import time
 import warnings
-from argparse import SUPPRESS, ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from argparse import (
+    ArgumentDefaultsHelpFormatter,
+    ArgumentParser,
+    ArgumentTypeError,
+    Namespace,
+    RawDescriptionHelpFormatter,
+)
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -42,25 +49,18 @@ from tqdm import tqdm
 import alexnet
 from alexnet import CROP_SIZE, IMAGE_SIZE, AlexNet, InputError, replacing
 
-# {option: (default, the paper's, least, most, meaning)}
-OPTIONS = {
-    "epochs": (90, 90, 1, 2**20, "passes over the photos, at most; --resume takes more"),
-    "batch_size": (32, 128, 1, 2**20, "photos a step, of all processes together"),
-    "lr": (0.01, 0.01, 1e-12, 1e9, "learning rate of SGD"),
-    "momentum": (0.9, 0.9, 0, 1, "of SGD"),
-    "weight_decay": (0.0005, 0.0005, 0, 1, "of SGD"),
-    "ema": (0.99, 0.0, 0, 1, "decay of the average of the weights, which is saved"),
-    "label_smoothing": (0.1, 0.0, 0, 1, "share of the answer spread over all classes"),
-    "patience": (10, 10, 0, 2**20, "epochs that may pass without 1/100 off val loss, then lr / 10"),
-    "crop_area": (0.25, 0.0, 0, 1, "smallest part of a photo in a crop; 0: 224 x 224 of 256 x 256"),
-    "rotation": (30.0, 0.0, 0, 180, "degrees by which crops turn at most; grows over 60 epochs"),
-    "jitter": (0.4, 0.0, 0, 1, "largest change of brightness, contrast, saturation; grows, too"),
-    "mix": (0.5, 0.0, 0, 1, "share of photos mixed with others, by CutMix and by mixup"),
-    "balance": (0.0, 0.0, 0, 1, "1: every class counts alike; 0: every photo; also between"),
-    "groups": (2, 2, 1, 2, "2: as on the paper's two GPUs; 1: merged, for 1.4 times the time"),
-    "seed": (0, 0, 0, 2**32, "of weights, order, crops and dropout"),
+# What --recipe paper sets besides the first weights, their biases and raw pixels.
+PAPER = {
+    "batch_size": 128,
+    "ema": 0.0,
+    "label_smoothing": 0.0,
+    "crop_area": 0.0,
+    "rotation": 0.0,
+    "jitter": 0.0,
+    "mix": 0.0,
 }
-KEPT = ("recipe", "init", *OPTIONS)  # with these a run is resumed
+# What --resume takes from the command line; all other options are those in last.pt.
+FREE = {"data", "output", "resume", "overwrite", "accumulate", "device", "precision"}
 WARMUP_EPOCHS = 3  # the rate rises to --lr over these
 RAMP_EPOCHS = 60  # --rotation and --jitter rise over these, as in full they slow the start
 MAX_LR_DROPS = 3  # section 5: by 10 each, where val stalls; a fourth ends the run
@@ -105,7 +105,7 @@ def train(args: Namespace) -> None:
     print(f"network  {sum(p.numel() for p in run.net.parameters()):,} parameters")
     if args.mix and round(args.batch_size // WORLD_SIZE * args.mix) < 4:  # see make_batch
         enough = WORLD_SIZE * math.ceil(3.5 / args.mix)
-        print(f"note: mixup needs more photos; --batch-size {enough} or more is as the recipe means")
+        print(f"note: too few photos for mixup; --batch-size {enough} or more trains as meant")
     if checkpoint:
         resume(run, checkpoint)
         checkpoint = None  # frees 0.7 GB
@@ -163,23 +163,20 @@ def open_checkpoint(args: Namespace) -> dict[str, Any] | None:
         for path, way in ((last, "--resume goes on with it, "), (best, "its last.pt is gone, ")):
             if path.exists() and not args.overwrite:
                 raise InputError(f"{path} is an earlier run's: {way}{ways}")
-        recipe = args.given.get("recipe", "default")
-        options = {name: values[recipe == "paper"] for name, values in OPTIONS.items()}
-        vars(args).update({"recipe": recipe, "init": ""} | options | args.given)
         args.output.mkdir(parents=True, exist_ok=True)
         return None
     if not last.exists():
         raise InputError(f"there is no {last} to go on with; run without --resume")
     checkpoint = alexnet.load_tensors(last)
     try:
-        options = {name: checkpoint["options"][name] for name in KEPT}
+        options = {name: checkpoint["options"][name] for name in args.kept}
     except (KeyError, TypeError):
         raise InputError(f"{last} {OTHER_VERSION}") from None
-    for name, value in args.given.items():
+    for name, value in args.typed.items():
         if options[name] != value and name != "epochs":
             option = f"--{name.replace('_', '-')} {options[name]}"
             raise InputError(f"{last} is of a run with {option}; leave the option out")
-    vars(args).update(options | args.given)
+    vars(args).update(options | args.typed)
     return checkpoint
 
 
@@ -318,7 +315,7 @@ class Run:
         self.args, self.train_set, self.val_set = args, train_set, val_set
         self.device = device = alexnet.pick_device(args.device)
         self.photos = [train_set.digest, val_set.digest]
-        self.options = {name: getattr(args, name) for name in KEPT}
+        self.options = {name: getattr(args, name) for name in args.kept}
         # What a photo of each class counts on val, 1 on average, and the classes' shares.
         counts = torch.tensor(val_set.counts, dtype=torch.float64)
         weights = counts.clip(1) ** -args.balance
@@ -611,33 +608,84 @@ def report(run: Run) -> None:
     print(f"now classify a photo: python predict.py PHOTO --weights {weights}")
 
 
+class Help(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
+    """Tells each default, and leaves the lines of the description as they are."""
+
+
 def parse_args(argv: list[str] | None) -> Namespace:
-    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    """All options; `kept` names those of a run, and `typed` are those of them that were given."""
+    parser = ArgumentParser(description=__doc__, formatter_class=Help)
+    share, count = number_within(0.0, 1.0), number_within(1, 2**20)
+
+    # These may be others when a run is resumed.
     add = parser.add_argument
-    add("--data", type=Path, default=Path("data"), help="the folder that split_data.py made")
-    add("--output", type=Path, default=Path(), help="the folder to write into (default: this)")
+    add("--data", type=Path, default="data", help="the folder that split_data.py made")
+    add("--output", type=Path, default=".", help="the folder to write into")
     way = parser.add_mutually_exclusive_group().add_argument
     way("--resume", action="store_true", help="go on with the run in --output, with its options")
     way("--overwrite", action="store_true", help="replace the run in --output")
-    add("--accumulate", type=int, default=1, help="pieces of a batch, to save memory (default: 1)")
-    add("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: the fastest there is)")
-    how = "auto: bfloat16 where it is native, float16 on older CUDA cards"
-    add("--precision", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help=how)
-    init = "weights to start from; with a new last layer where their classes differ"
-    add("--init", metavar="AlexNet.pth", default=SUPPRESS, help=init)
-    recipe = "paper: its first weights and biases, raw pixels, and the options in []"
-    add("--recipe", choices=("default", "paper"), default=SUPPRESS, help=recipe)
-    for name, (default, paper, _, _, text) in OPTIONS.items():
-        option, text = f"--{name.replace('_', '-')}", f"{text} (default: {default}) [{paper}]"
-        add(option, type=type(default), default=SUPPRESS, help=text)
+    add("--accumulate", type=count, default=1, help="pieces of a batch, to save memory")
+    add("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto: the fastest there is")
+    precisions = ("auto", "float32", "bfloat16", "float16")
+    auto = "auto: bfloat16 where it is native, float16 on older CUDA cards"
+    add("--precision", choices=precisions, default="auto", help=auto)
+
+    # These are stored in last.pt and restored by --resume.
+    paper = "--recipe paper: " + ", ".join(f"{name} {value}" for name, value in PAPER.items())
+    add = parser.add_argument_group("options of a run", paper.replace("_", "-")).add_argument
+    add("--recipe", choices=("default", "paper"), default="default", help="the paper's start, too")
+    add("--init", default="", help="an AlexNet.pth to start from; other classes: a new last layer")
+    add("--epochs", type=count, default=90, help="passes over the photos; --resume takes more")
+    add("--batch-size", type=count, default=32, help="photos a step, of all processes together")
+    add("--lr", type=number_within(1e-12, 1e9), default=0.01, help="learning rate of SGD")
+    add("--momentum", type=share, default=0.9, help="of SGD")
+    add("--weight-decay", type=share, default=0.0005, help="of SGD")
+    add(
+        "--ema",
+        type=share,
+        default=0.99,
+        help="decay of the average of the weights, which is saved",
+    )
+    add("--label-smoothing", type=share, default=0.1, help="share of the answer spread over all")
+    patience = "divide lr by 10 after this many epochs without a 1 %% lower val loss"
+    add("--patience", type=number_within(0, 2**20), default=10, help=patience)
+    crop_area = "smallest part of a photo in a crop; 0: 224 x 224 of 256 x 256"
+    add("--crop-area", type=share, default=0.25, help=crop_area)
+    rotation = "degrees by which crops turn at most; grows over 60 epochs"
+    add("--rotation", type=number_within(0.0, 180.0), default=30.0, help=rotation)
+    jitter = "largest change of brightness, contrast and saturation; grows, too"
+    add("--jitter", type=share, default=0.4, help=jitter)
+    mix = "share of photos mixed with others, by CutMix and by mixup"
+    add("--mix", type=share, default=0.5, help=mix)
+    balance = "1: every class counts alike; 0: every photo; also between"
+    add("--balance", type=share, default=0.0, help=balance)
+    groups = "2: as on the paper's two GPUs; 1: merged, for 1.4 times the time"
+    add("--groups", type=int, choices=(1, 2), default=2, help=groups)
+    seed = "of weights, order, crops and dropout"
+    add("--seed", type=number_within(0, 2**32), default=0, help=seed)
+
     args = parser.parse_args(argv)
-    args.given = {name: x for name, x in vars(args).items() if name in KEPT}
-    limits = {name: values[2:4] for name, values in OPTIONS.items()}
-    limits |= {"accumulate": (1, 2**20)}
-    for name, (least, most) in limits.items():
-        if not least <= vars(args).get(name, least) <= most:
-            parser.error(f"--{name.replace('_', '-')} must be within {least} to {most}")
+    kept = [name for name in vars(args) if name not in FREE]
+    # Parsed once more without defaults, what was not typed is None.
+    blank = Namespace(**dict.fromkeys(vars(args)))
+    again = vars(parser.parse_args(argv, blank))
+    typed = {name: again[name] for name in kept if again[name] is not None}
+    if args.recipe == "paper":
+        vars(args).update(PAPER | typed)
+    args.kept, args.typed = kept, typed
     return args
+
+
+def number_within(least: float, most: float) -> Callable[[str], float]:
+    """A type of argparse: numbers of the limits' own type."""
+
+    def number(text: str) -> float:
+        value = type(least)(text)
+        if not least <= value <= most:
+            raise ArgumentTypeError(f"must be within {least} to {most}")
+        return value
+
+    return number
 
 
 # ----- several processes, a card each, by torchrun
