@@ -49,7 +49,13 @@ from tqdm import tqdm
 import alexnet
 from alexnet import CROP_SIZE, IMAGE_SIZE, AlexNet, InputError, replacing
 
-# What --recipe paper sets besides the first weights, their biases and raw pixels.
+WARMUP_EPOCHS = 3  # the learning rate rises to --lr over the first of them
+RAMP_EPOCHS = 60  # --rotation and --jitter grow over these: in full, they slow the start
+MAX_LR_DROPS = 3  # the rate is divided by 10 this often (section 5); a fourth time ends the run
+AVERAGE_EVERY = 8  # steps between updates of the average; at every step it costs 3 % on a CPU
+SAVE_PAUSE = 60  # seconds between saves: on a GPU an epoch may take one, and saving another
+
+# What --recipe paper sets. Besides, it starts from the paper's weights, and on raw pixels.
 PAPER = {
     "batch_size": 128,
     "ema": 0.0,
@@ -59,160 +65,204 @@ PAPER = {
     "jitter": 0.0,
     "mix": 0.0,
 }
-# What --resume takes from the command line; all other options are those in last.pt.
+# The options that a resumed run takes from the command line. All others are stored in last.pt.
 FREE = {"data", "output", "resume", "overwrite", "accumulate", "device", "precision"}
-WARMUP_EPOCHS = 3  # the rate rises to --lr over these
-RAMP_EPOCHS = 60  # --rotation and --jitter rise over these, as in full they slow the start
-MAX_LR_DROPS = 3  # section 5: by 10 each, where val stalls; a fourth ends the run
-AVERAGE_EVERY = 8  # steps; at each it took 3 % of a CPU's time
-SAVE_PAUSE = 9  # times as long as saving took: a card's epoch is a second
-OTHER_VERSION = "is of another version of train.py: go on with that, or take another --output"
-NAMES = "epoch lr train_loss train_accuracy val_loss val_accuracy seconds images_per_second".split()
+CUTMIX, MIXUP = CutMix(), MixUp(alpha=0.2)
 
-warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nor written
+# torch warns that a tensor could write to the read-only file of decoded photos. None does.
+warnings.filterwarnings("ignore", "The given NumPy array is not writable")
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    less = f"--accumulate {4 * args.accumulate} computes the same batch in smaller pieces"
-    with alexnet.one_line_errors(less):
-        train(args)
-        if WORLD_SIZE > 1:
-            dist.destroy_process_group()
+    smaller = f"--accumulate {4 * args.accumulate} computes the same batch in smaller pieces"
+    with alexnet.one_line_errors(out_of_memory=smaller):
+        alexnet.keep_large_blocks()
+        device = connect_processes(args.device)
+
+        checkpoint = None
+        if args.resume:
+            checkpoint = load_checkpoint(args)
+            args = parse_args(argv, checkpoint["options"])
+        else:
+            prepare_output(args)
+
+        train_set, val_set = open_photos(args)
+        run = Run(args, device, train_set, val_set)
+        introduce(run)
+        if checkpoint:
+            resume(run, checkpoint)
+            checkpoint = None  # it takes 0.7 GB
+        elif args.init:
+            start_from(run)
+
+        if is_finished(run):
+            print(f"this run has ended, after epoch {len(run.history)}: nothing is left to do")
+        else:
+            train(run)
+            report(run)
+        disconnect_processes()
     return 0
 
 
-def train(args: Namespace) -> None:
-    alexnet.keep_large_blocks()
-    connect_processes(args)
-    checkpoint = open_checkpoint(args)
-    if RANK:
-        wait_for_others()  # process 0 decodes the photos
-    train_set = Photos(args.data / "train", args.output)
-    folders = [args.data / name for name in alexnet.VAL_FOLDERS]
-    val = next(filter(Path.is_dir, folders), folders[0])
-    val_set = Photos(val, args.output, train_set.classes)
-    if broken := train_set.broken + val_set.broken:
-        raise InputError(f"{broken} photos, named above, cannot be read; remove them")
-    if not RANK:
-        wait_for_others()
-    run = Run(args, train_set, val_set)
-    print(f"device   {run.hardware}")
-    print(f"photos   {len(train_set):,} to train, {len(val_set):,} to val")
-    counts = train_set.counts
-    print(f"classes  {len(counts)}, of {min(counts):,} to {max(counts):,} photos", end="; ")
-    print(f"always the likeliest: accuracy {max(run.shares):.4f}")
-    print(f"network  {sum(p.numel() for p in run.net.parameters()):,} parameters")
-    if args.mix and round(args.batch_size // WORLD_SIZE * args.mix) < 4:  # see make_batch
-        enough = WORLD_SIZE * math.ceil(3.5 / args.mix)
-        print(f"note: too few photos for mixup; --batch-size {enough} or more trains as meant")
-    if checkpoint:
-        resume(run, checkpoint)
-        checkpoint = None  # frees 0.7 GB
-        if run.is_over and not run.unsaved and (args.output / "run.json").exists():
-            way = "; --epochs with more goes on" if len(run.history) >= args.epochs else ""
-            print(f"this run has ended, after epoch {len(run.history)}: nothing is left to do{way}")
-            return
-    elif args.init:
-        start_from(run)
-    try:
-        train_epochs(run)
-        report(run)
-    except KeyboardInterrupt:
-        left = "no epoch of this run is saved yet"
-        if run.epochs_saved:
-            left = f"--resume goes on after epoch {run.epochs_saved}"
-        raise KeyboardInterrupt(left) from None
-    finally:
-        if not RANK:
-            save_best(run)
+# ----- the options
+class Help(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
+    """Tells each default, and leaves the lines of the description as they are."""
 
 
-def train_epochs(run: Run) -> None:
-    """Train to the end of the run, and save it from time to time."""
-    args, train_set = run.args, run.train_set
-    print("epoch       lr   train loss  accuracy   val loss  accuracy   seconds  images/s")
-    while not run.is_over:
-        epoch, start = len(run.history) + 1, time.perf_counter()
-        trained = train_one_epoch(run, epoch)
-        speed = len(train_set) / (time.perf_counter() - start)
-        validated = evaluate(run, run.average)
-        values = epoch, run.lr, *trained, *validated, time.perf_counter() - start, speed
-        row = dict(zip(NAMES, values, strict=True))
-        run.history.append(row)
-        # On the starting plateau epochs tie, which would lower the rate just where it is needed.
-        if epoch > WARMUP_EPOCHS and not is_on_plateau(run):
-            run.scheduler.step(row["val_loss"])
-        if is_best := row["val_loss"] < run.lowest:
-            run.lowest, run.unsaved = row["val_loss"], run.average_on_host()
-        if not (RANK or run.is_over) and time.perf_counter() > run.next_save:  # else report saves
-            save(run)
-        line = "{:5} {:8.2g}   {:10.4f}  {:8.4f}   {:8.4f}  {:8.4f}   {:7.1f}  {:8.1f}"
-        print(line.format(*values) + ("  best" if is_best else ""), flush=True)
-        if epoch == 2 * WARMUP_EPOCHS and is_on_plateau(run):
-            print(f"hint: nothing is learnt yet; try --lr {args.lr / 3:.2g} or --batch-size 16")
-    if len(run.history) < args.epochs:
-        print("ended: the val loss no longer falls")
+def parse_args(argv: list[str] | None, kept: dict[str, Any] | None = None) -> Namespace:
+    """All options. A resumed run has its `kept` ones; raises InputError where argv has others."""
+    parser = ArgumentParser(description=__doc__, formatter_class=Help)
+    share, count = number_within(0.0, 1.0), number_within(1, 2**20)
+
+    # A resumed run may have other values of these.
+    add = parser.add_argument
+    add("--data", type=Path, default="data", help="the folder that split_data.py made")
+    add("--output", type=Path, default=".", help="the folder to write into")
+    either = parser.add_mutually_exclusive_group().add_argument
+    either("--resume", action="store_true", help="go on with the run in --output, by its options")
+    either("--overwrite", action="store_true", help="replace the run in --output")
+    add("--accumulate", type=count, default=1, help="pieces of a batch, to save memory")
+    add("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto: the fastest there is")
+    precisions = ("auto", "float32", "bfloat16", "float16")
+    auto = "auto: bfloat16 where it is native, float16 on older CUDA cards"
+    add("--precision", choices=precisions, default="auto", help=auto)
+
+    # These are stored in last.pt and restored by --resume.
+    paper = ", ".join(f"{name} {value}" for name, value in PAPER.items()).replace("_", "-")
+    group = parser.add_argument_group("options of a run", f"--recipe paper: {paper}")
+    add = group.add_argument
+    add("--recipe", choices=("default", "paper"), default="default", help="the paper's start, too")
+    add("--init", default="", help="an AlexNet.pth to start from; other classes: a new last layer")
+    add("--epochs", type=count, default=90, help="passes over the photos; --resume takes more")
+    add("--batch-size", type=count, default=32, help="photos a step, of all processes together")
+    add("--lr", type=number_within(1e-12, 1e9), default=0.01, help="learning rate of SGD")
+    add("--momentum", type=share, default=0.9, help="of SGD")
+    add("--weight-decay", type=share, default=0.0005, help="of SGD")
+    average = "decay of the average of the weights, which is what is saved"
+    add("--ema", type=share, default=0.99, help=average)
+    add("--label-smoothing", type=share, default=0.1, help="share of the answer spread over all")
+    patience = "divide lr by 10 after this many epochs without a 1 %% lower val loss"
+    add("--patience", type=number_within(0, 2**20), default=10, help=patience)
+    crop_area = "smallest part of a photo in a crop; 0: 224 x 224 of 256 x 256"
+    add("--crop-area", type=share, default=0.25, help=crop_area)
+    rotation = f"degrees by which crops turn at most; grows over {RAMP_EPOCHS} epochs"
+    add("--rotation", type=number_within(0.0, 180.0), default=30.0, help=rotation)
+    jitter = "largest change of brightness, contrast and saturation; grows, too"
+    add("--jitter", type=share, default=0.4, help=jitter)
+    mix = "share of photos mixed with others, by CutMix and by mixup"
+    add("--mix", type=share, default=0.5, help=mix)
+    balance = "count every class alike: photos of rare ones are drawn more often, some repeatedly"
+    add("--balance", type=int, choices=(0, 1), nargs="?", const=1, default=0, help=balance)
+    groups = "2: as on the paper's two GPUs; 1: merged, for 1.4 times the time"
+    add("--groups", type=int, choices=(1, 2), default=2, help=groups)
+    seed = "of weights, order, crops and dropout"
+    add("--seed", type=number_within(0, 2**32), default=0, help=seed)
+
+    # The recipe, or the run to go on with, changes the defaults; what is typed goes before them.
+    args = parser.parse_args(argv)
+    if kept:
+        parser.set_defaults(**kept)
+    elif args.recipe == "paper":
+        parser.set_defaults(**PAPER)
+    args = parser.parse_args(argv)
+
+    for name, value in (kept or {}).items():
+        if getattr(args, name) != value and name != "epochs":
+            option = f"--{name.replace('_', '-')} {value}"
+            last = args.output / "last.pt"
+            raise InputError(f"{last} is of a run with {option}; leave the option out")
+    return args
 
 
-def open_checkpoint(args: Namespace) -> dict[str, Any] | None:
-    """last.pt for --resume; sets the options of the run in `args`."""
+def options_of(args: Namespace) -> dict[str, Any]:
+    """The options by which a run is known, and which last.pt keeps."""
+    return {name: value for name, value in vars(args).items() if name not in FREE}
+
+
+def number_within(least: float, most: float) -> Callable[[str], float]:
+    """A type of argparse: numbers of the limits' own type."""
+
+    def number(text: str) -> float:
+        value = type(least)(text)
+        if not least <= value <= most:
+            raise ArgumentTypeError(f"must be within {least} to {most}")
+        return value
+
+    return number
+
+
+def prepare_output(args: Namespace) -> None:
+    """Make the folder of a new run; refuse one that holds another run, but for --overwrite."""
     last, best = args.output / "last.pt", args.output / "AlexNet.pth"
-    if not args.resume:
-        ways = "--overwrite replaces it, another --output keeps it"
-        for path, way in ((last, "--resume goes on with it, "), (best, "its last.pt is gone, ")):
-            if path.exists() and not args.overwrite:
-                raise InputError(f"{path} is an earlier run's: {way}{ways}")
-        args.output.mkdir(parents=True, exist_ok=True)
-        return None
+    ways = "--overwrite replaces it, another --output keeps it"
+    if last.exists() and not args.overwrite:
+        raise InputError(f"{last} is an earlier run's: --resume goes on with it, {ways}")
+    if best.exists() and not args.overwrite:
+        raise InputError(f"{best} is an earlier run's: its last.pt is gone, {ways}")
+    args.output.mkdir(parents=True, exist_ok=True)
+
+
+def load_checkpoint(args: Namespace) -> dict[str, Any]:
+    """What last.pt holds; raises InputError if that is not this program's."""
+    last = args.output / "last.pt"
     if not last.exists():
         raise InputError(f"there is no {last} to go on with; run without --resume")
     checkpoint = alexnet.load_tensors(last)
-    try:
-        options = {name: checkpoint["options"][name] for name in args.kept}
-    except (KeyError, TypeError):
-        raise InputError(f"{last} {OTHER_VERSION}") from None
-    for name, value in args.typed.items():
-        if options[name] != value and name != "epochs":
-            option = f"--{name.replace('_', '-')} {options[name]}"
-            raise InputError(f"{last} is of a run with {option}; leave the option out")
-    vars(args).update(options | args.typed)
+    options = checkpoint.get("options")
+    if not isinstance(options, dict) or options.keys() != options_of(args).keys():
+        raise other_version(last)
     return checkpoint
+
+
+def other_version(last: Path) -> InputError:
+    way = "go on with that, or take another --output"
+    return InputError(f"{last} is of another version of train.py: {way}")
 
 
 # ----- the photos
 class Photos:
-    """The photos folder/CLASS/*, decoded once into a memory-mapped file."""
+    """The photos folder/CLASS/*, with their labels."""
 
-    def __init__(self, folder: Path, output: Path, classes: list[str] | None = None) -> None:
+    def __init__(self, folder: Path, classes: list[str] | None = None) -> None:
         if not folder.is_dir():
             raise InputError(f"there is no folder {folder}; split_data.py makes it, or fix --data")
         names = alexnet.list_photos(folder, alexnet.visible_files(folder))
-        files, labels = [folder / name for name in names], [*map(alexnet.class_of, names)]
+        labels = [alexnet.class_of(name) for name in names]
+        self.files = [folder / name for name in names]
         self.classes = classes or sorted(set(labels))
-        if len(self.classes) < 2 or not files:
+        if len(self.classes) < 2 or not names:
             raise InputError(f"{folder} has photos of {len(set(labels))} classes, and 2 are needed")
         if unknown := sorted(set(labels).difference(self.classes)):
             way = "remove it, or put photos of it into train"
             raise InputError(f"{folder} has a class that train lacks, {', '.join(unknown)}: {way}")
+
         index = {label: i for i, label in enumerate(self.classes)}
         self.labels = torch.tensor([index[label] for label in labels])  # int64 (N,)
         self.counts = torch.bincount(self.labels, minlength=len(index)).tolist()  # by class
-        # Runs know photos by name and size, as copying changes times; the .npy goes by times, too.
-        stats = [path.stat() for path in files]
-        facts = [(name, s.st_size) for name, s in zip(names, stats, strict=True)]
-        self.digest = hashlib.sha256(repr(facts).encode()).hexdigest()
-        version = repr([alexnet.READER, self.digest, *(s.st_mtime_ns for s in stats)]).encode()
-        path = folder.parent / f"{folder.name}-{hashlib.sha256(version).hexdigest()[:12]}.npy"
-        if not path.exists() and not os.access(folder.parent, os.W_OK):
-            path = output / path.name
-        # How many cannot be read; if none, pixels are uint8 (N, 256, 256, 3).
-        self.broken = 0 if path.exists() else write_pixels(path, files)
-        if not self.broken:  # "r": what may be changed has to fit into memory
-            self.pixels = torch.from_numpy(np.load(path, mmap_mode="r"))
+
+        # A run knows its photos by their names and sizes, as copying changes their times.
+        stats = [file.stat() for file in self.files]
+        sizes = [(name, stat.st_size) for name, stat in zip(names, stats, strict=True)]
+        self.digest = hashlib.sha256(repr(sizes).encode()).hexdigest()
+
+        # The name of the file of decoded photos tells their times and the decoder, too.
+        facts = repr([alexnet.READER, self.digest, *(stat.st_mtime_ns for stat in stats)])
+        version = hashlib.sha256(facts.encode()).hexdigest()[:12]
+        self.cache = folder.parent / f"{folder.name}-{version}.npy"
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def open_pixels(self, output: Path) -> None:
+        """Open the decoded photos, uint8 (N, 256, 256, 3); decode them if that was not done yet."""
+        cache = self.cache
+        if not cache.exists() and not os.access(cache.parent, os.W_OK):
+            cache = output / cache.name
+        if not cache.exists():
+            write_pixels(cache, self.files)
+        # Mapped read-only ("r"), the file may be larger than the memory.
+        self.pixels = torch.from_numpy(np.load(cache, mmap_mode="r"))
 
     def move_to(self, device: torch.device) -> None:
         """Keep the pixels on a CUDA card if they take less than a quarter of what is free."""
@@ -223,157 +273,148 @@ class Photos:
                 self.pixels = self.pixels.to(device)
 
     def take(self, indices: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Pixels (n, 256, 256, 3) and labels (n,) of these photos."""
-        # A card need not end its last step first; on MPS such a copy could outlive its source.
+        """Pixels (n, 256, 256, 3) and labels (n,) of these photos, on the device."""
+        # The host does not wait for a card here. On MPS such a copy could outlive its source.
         no_wait = device.type == "cuda"
         pixels = self.pixels[indices.to(self.pixels.device, non_blocking=no_wait)]
         labels = self.labels[indices].to(device, non_blocking=no_wait)
         return pixels.to(device), labels
 
 
-def write_pixels(path: Path, files: list[Path]) -> int:
-    """Write the .npy file, remove older ones; or return how many photos cannot be read."""
-    n, shape = 0, (len(files), IMAGE_SIZE, IMAGE_SIZE, 3)
-    with contextlib.suppress(InputError), replacing(path) as file:
-        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+def open_photos(args: Namespace) -> tuple[Photos, Photos]:
+    """The photos to train on, and those to watch the training on."""
+    train_set = Photos(args.data / "train")
+    folders = [args.data / name for name in alexnet.VAL_FOLDERS]
+    val_folder = next(filter(Path.is_dir, folders), folders[0])
+    val_set = Photos(val_folder, train_set.classes)
+
+    # Process 0 decodes; the others wait for it, and then open what it wrote. The few photos of val
+    # come first, so that what is broken among them is told soon.
+    if get_rank() > 0:
+        wait_for_others()
+    val_set.open_pixels(args.output)
+    train_set.open_pixels(args.output)
+    if get_rank() == 0:
+        wait_for_others()
+    return train_set, val_set
+
+
+def write_pixels(path: Path, files: list[Path]) -> None:
+    """Decode photos into a .npy file, and remove older ones; raises InputError if any is broken."""
+    shape = (len(files), IMAGE_SIZE, IMAGE_SIZE, 3)
+    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    n = 0
+    with replacing(path) as file:
         np.lib.format.write_array_header_1_0(file, header)
-        for _, pixels in alexnet.read_squares(files, f"packing {path.stem}"):
+        for _, pixels in alexnet.read_squares(files, f"decoding {path.stem[:-13]}"):
             file.write(pixels.tobytes())
             n += 1
         if n < len(files):
-            raise InputError("broken photos")  # so that no file comes of it
+            broken = f"{len(files) - n} of the photos in {path.stem[:-13]}"
+            raise InputError(f"cannot read {broken}, named above; remove them")
+
     for old in path.parent.glob(f"{path.stem[:-12]}{'[0-9a-f]' * 12}.npy"):
-        if n == len(files) and old != path:
-            with contextlib.suppress(OSError):  # on Windows one that is open
+        if old != path:
+            with contextlib.suppress(OSError):  # Windows keeps a file that is in use
                 old.unlink()
-    return len(files) - n
 
 
-# ----- augmentation (section 4.1)
-def make_batch(run: Run, indices: Tensor) -> tuple[Tensor, Tensor]:
-    """Images (n, 3, 224, 224) around 0..1 and targets (n, classes), augmented, on the device."""
-    n = len(indices)
-    pixels, labels = run.train_set.take(indices, run.device)
-    strength = min(1, len(run.history) / RAMP_EPOCHS)
-    crops = draw_crops(n, run.args.crop_area, strength * run.args.rotation, run.device)
-    colors = draw_colors(n, run.color_axes, strength * run.args.jitter)
-    images = augment(alexnet.to_float(pixels), crops, *colors)
-    targets = F.one_hot(labels, len(run.train_set.classes)).float()
-    if k := round(n * run.args.mix):  # half get a window that shows another, half are blended
-        first = k - k // 2 if k > 3 else k  # one alone would be mixed with itself
-        for part, mix in ((slice(first), CutMix()), (slice(first, k), MixUp(alpha=0.2))):
-            images[part], targets[part] = mix(images[part], targets[part])
-    return images, targets
+def pixel_statistics(pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean (3,), standard deviation (3,) and principal components (3, 3) of RGB in 0..1."""
+    # Every 64th pixel of some 2,000 photos is enough.
+    sample = pixels[:: math.ceil(len(pixels) / 2000), ::8, ::8].reshape(-1, 3) / 255
+    covariance = torch.cov(sample.T.double())
+    std = covariance.diagonal().clip(1 / 255**2).sqrt()  # of drawings it may be 0
+
+    # Section 4.1 shifts colours along the principal components of the pixels, by multiples of
+    # their standard deviations as in the 2012 source; the paper prints variances.
+    variances, vectors = torch.linalg.eigh(covariance)
+    components = vectors * variances.clip(0).sqrt()
+    return sample.mean(0), std, components.float()
 
 
-def draw_crops(n: int, crop_area: float, rotation: float, device: torch.device) -> Tensor:
-    """Affine matrices (n, 2, 3) from crops to their places in the photos, both in -1..1."""
-    with device:  # where all is drawn
-        if crop_area:  # crop_area to 1 of the photo, at an aspect of 3/4 to 4/3
-            area = torch.empty(n).uniform_(crop_area, 1)
-            aspect = torch.empty(n).uniform_(math.log(3 / 4), math.log(4 / 3)).exp()
-            size = torch.stack([area * aspect, area / aspect]).sqrt().clamp(max=1)
-            place = torch.rand(2, n)
-        else:  # the paper's: 224 x 224 of 256 x 256, at one of 33 x 33 places
-            size = torch.full((2, n), CROP_SIZE / IMAGE_SIZE)
-            place = torch.randint(IMAGE_SIZE - CROP_SIZE + 1, (2, n)) / (IMAGE_SIZE - CROP_SIZE)
-        mirror, turn = torch.randint(2, (n,)) * 2 - 1, rotation * (2 * torch.rand(n) - 1)
-        (width, height), (x, y) = size, (2 * place - 1) * (1 - size)  # x, y: the centre
-        sin, cos = turn.deg2rad().sin(), turn.deg2rad().cos()
-        rows = mirror * width * cos, -height * sin, x, mirror * width * sin, height * cos, y
-        return torch.stack(rows, dim=1).view(n, 2, 3)
-
-
-def draw_colors(n: int, axes: Tensor, jitter: float) -> tuple[Tensor, Tensor]:
-    """Matrices (n, 3, 3) and shifts (n, 3, 1) that change the colours of n photos; white is 1."""
-    with axes.device:
-        shifts = 0.1 * torch.randn(n, 3) @ axes.T  # the paper's
-        brightness, contrast, saturation = 1 + jitter * (2 * torch.rand(3, n, 1, 1) - 1)
-        matrices = brightness * contrast * (saturation * torch.eye(3) + (1 - saturation) / 3)
-        return matrices, shifts[:, :, None] + brightness * (1 - contrast) / 2
-
-
-def augment(images: Tensor, crops: Tensor, matrices: Tensor, shifts: Tensor) -> Tensor:
-    """Cut crops (n, 2, 3) out of images (n, 3, 256, 256), scale them to 224, change colours."""
-    if not len(images):  # a process's share of a very small batch
-        return images.new_empty(0, 3, CROP_SIZE, CROP_SIZE)
-    grid = F.affine_grid(crops, [len(images), 3, CROP_SIZE, CROP_SIZE], align_corners=False)
-    # Beyond its edges a photo goes on mirrored.
-    # MPS lacks padding_mode="reflection", and wants contiguous images.
-    grid = 2 * grid.clamp(1 / IMAGE_SIZE - 1, 1 - 1 / IMAGE_SIZE) - grid
-    views = F.grid_sample(images.contiguous(), grid, align_corners=False)
-    return torch.baddbmm(shifts, matrices, views.flatten(2)).view_as(views)
-
-
-# ----- training (section 5)
+# ----- the run
 class Run:
     """A training run as it stands between two epochs."""
 
     PARTS = ("net", "average", "optimizer", "scheduler", "scaler")  # which training changes
 
-    def __init__(self, args: Namespace, train_set: Photos, val_set: Photos) -> None:
-        self.args, self.train_set, self.val_set = args, train_set, val_set
-        self.device = device = alexnet.pick_device(args.device)
-        self.photos = [train_set.digest, val_set.digest]
-        self.options = {name: getattr(args, name) for name in args.kept}
-        # What a photo of each class counts on val, 1 on average, and the classes' shares.
-        counts = torch.tensor(val_set.counts, dtype=torch.float64)
-        weights = counts.clip(1) ** -args.balance
-        weights *= len(val_set) / (weights @ counts)
-        self.class_weights = weights.float().to(device)
-        self.shares = (weights * counts / len(val_set)).tolist()
-        self.history: list[dict[str, float]] = []  # a row an epoch
-        self.lowest = math.inf  # val loss, of the best weights
-        self.unsaved: dict[str, Tensor] | None = None  # these, until AlexNet.pth has them
-        self.epochs_saved = 0  # in last.pt
-        self.next_save = 0.0  # on time.perf_counter()
-        # Every 64th pixel of 2,000 photos, RGB in 0..1.
-        some = train_set.pixels[:: math.ceil(len(train_set) / 2000), ::8, ::8].reshape(-1, 3) / 255
-        covariance = torch.cov(some.T.double())
-        # Section 4.1: colours shift along the principal components of the pixels, by their
-        # deviations as in the 2012 source; the paper prints variances.
-        values, vectors = torch.linalg.eigh(covariance)
-        self.color_axes = (vectors * values.clip(0).sqrt()).float().to(device)
+    def __init__(
+        self, args: Namespace, device: torch.device, train_set: Photos, val_set: Photos
+    ) -> None:
+        self.args, self.device = args, device
+        self.train_set, self.val_set = train_set, val_set
+        mean, std, components = pixel_statistics(train_set.pixels)
+        self.color_axes = components.to(device)
         train_set.move_to(device)
         val_set.move_to(device)
+
+        # By --balance every class counts alike on val, however many photos it has.
+        counts = torch.tensor(val_set.counts, dtype=torch.float64)
+        weights = 1 / counts.clip(1) if args.balance else torch.ones_like(counts)
+        weights *= len(val_set) / (weights @ counts)
+        self.class_weights = weights.float().to(device)  # of a photo of each class, 1 on average
+        self.class_shares = (weights * counts / len(val_set)).tolist()
+
         torch.manual_seed(args.seed)
         self.net = AlexNet(len(train_set.classes), args.groups)
         self.net.initialize(args.recipe)
-        self.net.mean.copy_(some.mean(0)[:, None, None])
-        if args.recipe == "default":  # drawings may have no deviation
-            std = covariance.diagonal().clip(1 / 255**2).sqrt()
+        self.net.mean.copy_(mean[:, None, None])
+        if args.recipe == "default":  # the paper's network sees raw pixels, less their mean
             self.net.std.copy_(std[:, None, None])
         self.net.to(device, memory_format=alexnet.pick_layout(device))
-        self.average = copy.deepcopy(self.net).eval().requires_grad_(False)  # evaluated, saved
-        settings = {"momentum": args.momentum, "weight_decay": args.weight_decay}
-        settings["fused"] = device.type != "mps"  # where it ignored the scaler (pytorch 186360)
-        self.optimizer = torch.optim.SGD(self.net.parameters(), args.lr, **settings)
-        for p in self.net.parameters():  # unset where the scaler skips the first step
-            self.optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        rule = {"patience": args.patience, "threshold": 0.01, "eps": 0}  # slower: a drop gains more
-        self.scheduler = ReduceLROnPlateau(self.optimizer, **rule)
+
+        # The average of the weights is what is evaluated and saved.
+        self.average = copy.deepcopy(self.net).eval().requires_grad_(False)
+        self.optimizer = build_optimizer(self.net, args, device)
+        # A gain under 1 % is not worth waiting for; a lower rate gains more.
+        self.scheduler = ReduceLROnPlateau(
+            self.optimizer, patience=args.patience, threshold=0.01, eps=0
+        )
         precision = alexnet.pick_precision(args.precision, device)
+        self.hardware = name_hardware(device, precision)
         half = precision != torch.float32
         self.autocast = torch.autocast(device.type, precision if half else None, enabled=half)
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
-        self.hardware = name_hardware(device, precision)
+
+        self.history: list[dict[str, float]] = []  # a row for each epoch
+        self.lowest = math.inf  # the val loss of the best weights
+        self.unsaved: dict[str, Tensor] | None = None  # the best weights, if not yet written
 
     @property
     def lr(self) -> float:
         return self.optimizer.param_groups[0]["lr"]
 
-    @property
-    def is_over(self) -> bool:
-        lowest = self.args.lr * 0.1 ** (MAX_LR_DROPS + 0.5)  # above it up to the last drop
-        return len(self.history) >= self.args.epochs or self.lr < lowest
+    @lr.setter
+    def lr(self, rate: float) -> None:
+        self.optimizer.param_groups[0]["lr"] = rate
 
     def average_on_host(self) -> dict[str, Tensor]:
         """A copy of the average of the weights, which a machine without the device can load."""
         return {name: x.to("cpu", copy=True) for name, x in self.average.state_dict().items()}
 
     def state_dict(self) -> dict[str, Any]:
-        facts = {"options": self.options, "photos": self.photos, "history": self.history}
-        return facts | {name: getattr(self, name).state_dict() for name in self.PARTS}
+        """What last.pt holds."""
+        state = {name: getattr(self, name).state_dict() for name in self.PARTS}
+        state["options"] = options_of(self.args)
+        state["photos"] = [self.train_set.digest, self.val_set.digest]
+        state["history"] = self.history
+        return state
+
+
+def build_optimizer(net: AlexNet, args: Namespace, device: torch.device) -> torch.optim.SGD:
+    """The paper's SGD, with momentum and weight decay (section 5)."""
+    optimizer = torch.optim.SGD(
+        net.parameters(),
+        args.lr,
+        momentum=args.momentum,
+        weight_decay=args.weight_decay,
+        fused=device.type != "mps",  # where the fused one ignored the scaler (pytorch 186360)
+    )
+    # Fused SGD would leave momentum uninitialised if the scaler skipped the first step.
+    for p in net.parameters():
+        optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+    return optimizer
 
 
 def name_hardware(device: torch.device, precision: torch.dtype) -> str:
@@ -386,30 +427,39 @@ def name_hardware(device: torch.device, precision: torch.dtype) -> str:
     return f"{name}, {device.type}, {precision}{products}, torch {torch.__version__}"
 
 
-def best_epoch(history: list[dict[str, float]]) -> dict[str, float]:
-    """The row of the lowest val loss."""
-    return min(history, key=lambda row: row["val_loss"])
+def introduce(run: Run) -> None:
+    """Print what is going to be trained, on what."""
+    args, counts = run.args, run.train_set.counts
+    print(f"device   {run.hardware}")
+    print(f"photos   {len(run.train_set):,} to train, {len(run.val_set):,} to val")
+    print(f"classes  {len(counts)}, of {min(counts):,} to {max(counts):,} photos", end="; ")
+    print(f"baseline (largest class): accuracy {max(run.class_shares):.4f}")
+    print(f"network  {sum(p.numel() for p in run.net.parameters()):,} parameters")
+    if args.mix and round(args.batch_size // get_world_size() * args.mix) < 4:  # see make_batch
+        enough = get_world_size() * math.ceil(3.5 / args.mix)
+        print(f"note: too few photos for mixup; --batch-size {enough} or more trains as meant")
 
 
 def resume(run: Run, checkpoint: dict[str, Any]) -> None:
-    """Set a run to where last.pt left it; its best weights are in AlexNet.pth."""
+    """Set a run to where last.pt left it. Its best weights are in AlexNet.pth."""
     last = run.args.output / "last.pt"
-    if checkpoint.get("photos") != run.photos:
+    if checkpoint.get("photos") != [run.train_set.digest, run.val_set.digest]:
         way = "give its --data as it was, or another --output"
         raise InputError(f"{last} is of a run on other photos to train or val; {way}")
     try:
         for name in run.PARTS:
-            if checkpoint[name]:  # empty: of a scaler that was off
+            if checkpoint[name]:  # a scaler that was off has no state
                 getattr(run, name).load_state_dict(checkpoint[name])
-        # From a Mac it comes in another layout, and a CPU's fused SGD would mix the elements.
+        # From a Mac the momentum comes in another layout, and fused SGD would mix its elements.
         for p, state in run.optimizer.state.items():
             state["momentum_buffer"] = torch.empty_like(p).copy_(state["momentum_buffer"])
         run.history = list(checkpoint["history"])
-    except Exception as error:  # whatever it may hold
+    except Exception as error:  # a foreign file may raise any type
         if alexnet.is_out_of_memory(error):
             raise
-        raise InputError(f"{last} {OTHER_VERSION}") from error
-    run.epochs_saved = len(run.history)
+        raise other_version(last) from error
+
+    # The score to beat is that of AlexNet.pth, which a kill may have left newer than last.pt.
     try:
         run.lowest, _ = evaluate(run, best_network(run))
     except InputError as error:
@@ -441,54 +491,114 @@ def best_network(run: Run) -> AlexNet:
     return net.to(run.device, memory_format=alexnet.pick_layout(run.device))
 
 
+# ----- training (section 5)
+def train(run: Run) -> None:
+    """Train epoch by epoch to the end of the run, and save it from time to time."""
+    epochs_saved, next_save = len(run.history), 0.0  # in last.pt; by time.perf_counter()
+    print("epoch       lr   train loss  accuracy   val loss  accuracy   seconds  images/s")
+    try:
+        while not is_over(run):
+            epoch, start = len(run.history) + 1, time.perf_counter()
+            train_loss, train_accuracy = train_one_epoch(run, epoch)
+            images_per_second = len(run.train_set) / (time.perf_counter() - start)
+            val_loss, val_accuracy = evaluate(run, run.average)
+            row = {
+                "epoch": epoch,
+                "lr": run.lr,
+                "train_loss": train_loss,
+                "train_accuracy": train_accuracy,
+                "val_loss": val_loss,
+                "val_accuracy": val_accuracy,
+                "seconds": time.perf_counter() - start,
+                "images_per_second": images_per_second,
+            }
+            run.history.append(row)
+            lower_rate_where_val_stalls(run)
+            is_best = val_loss < run.lowest
+            if is_best:
+                run.lowest, run.unsaved = val_loss, run.average_on_host()
+
+            line = "{:5} {:8.2g}   {:10.4f}  {:8.4f}   {:8.4f}  {:8.4f}   {:7.1f}  {:8.1f}"
+            print(line.format(*row.values()) + ("  best" if is_best else ""), flush=True)
+            if epoch == 2 * WARMUP_EPOCHS and is_guessing(run):
+                lower = f"--lr {run.args.lr / 3:.2g}"
+                print(f"hint: nothing is learnt yet; try {lower} or --batch-size 16")
+
+            if get_rank() == 0 and time.perf_counter() > next_save and not is_over(run):
+                save_checkpoint(run)
+                epochs_saved, next_save = epoch, time.perf_counter() + SAVE_PAUSE
+        if len(run.history) < run.args.epochs:
+            print("ended: the val loss no longer falls")
+        if get_rank() == 0:
+            save_checkpoint(run)
+    except KeyboardInterrupt:
+        left = "no epoch of this run is saved yet"
+        if epochs_saved:
+            left = f"--resume goes on after epoch {epochs_saved}"
+        raise KeyboardInterrupt(left) from None
+    finally:
+        if get_rank() == 0:
+            save_weights(run)
+
+
 def train_one_epoch(run: Run, epoch: int) -> tuple[float, float]:
     """One pass over the photos; returns the mean loss and accuracy, in training mode."""
-    # Seed and epoch tell all that is random, so resuming needs no other state.
-    args = run.args
-    # Every photo once, in random order; by --balance those of rare classes more often.
-    weights = torch.tensor(run.train_set.counts)[run.train_set.labels] ** -args.balance
+    args, train_set = run.args, run.train_set
+
+    # Every epoch is seeded by (seed, epoch), so resuming needs no state of a generator. All
+    # processes draw one order of the photos, and each its own crops, colours and dropout.
     generator = torch.Generator().manual_seed(seed_of(args.seed, epoch))
-    order = weights.multinomial(len(weights), args.balance > 0, generator=generator)
-    torch.manual_seed(seed_of(args.seed, epoch, RANK + 1))  # for crops, colours and dropout
+    torch.manual_seed(seed_of(args.seed, epoch, get_rank() + 1))
+
+    # Every photo once; by --balance as many draws, in which all classes are as likely.
+    weights = torch.ones(len(train_set))
+    if args.balance:
+        weights = 1 / torch.tensor(train_set.counts)[train_set.labels]
+    order = weights.multinomial(len(weights), replacement=bool(args.balance), generator=generator)
     batches = order.split(args.batch_size)
+
     totals, seen = torch.zeros(2, device=run.device), 0
     run.net.train()
-    bar = tqdm(batches, desc=f"epoch {epoch}", unit="batch", leave=False, disable=NO_BAR)
+    hide = get_rank() > 0 or None  # None: tqdm hides the bar where nobody watches
+    bar = tqdm(batches, desc=f"epoch {epoch}", unit="batch", leave=False, disable=hide)
     for number, batch in enumerate(bar, 1):
-        if epoch <= WARMUP_EPOCHS:
-            warm = (epoch - 1 + number / len(batches)) / WARMUP_EPOCHS
-            run.optimizer.param_groups[0]["lr"] = args.lr * warm
+        warm_up(run, epoch - 1 + number / len(batches))
         totals += train_one_batch(run, batch)
-        if number % AVERAGE_EVERY == 0 or number == len(batches):
-            n = (number - 1) % AVERAGE_EVERY + 1  # steps since the last time
-            update_average(run, n, total=(epoch - 1) * len(batches) + number)
         seen += len(batch)
-        if number % 20 == 0 or number == len(batches):  # this waits for the device
+
+        is_last = number == len(batches)
+        if number % AVERAGE_EVERY == 0 or is_last:
+            steps = (number - 1) % AVERAGE_EVERY + 1  # since the last time
+            update_average(run, steps, total=(epoch - 1) * len(batches) + number)
+        if number % 20 == 0 or is_last:  # reading the totals waits for the device
             loss, accuracy = mean_over_processes(totals, seen, f"epoch {epoch}, lr {run.lr:g}")
             bar.set_postfix(loss=f"{loss:.3f}", accuracy=f"{accuracy:.3f}")
     return loss, accuracy
 
 
 def seed_of(*numbers: int) -> int:
-    """A seed for these numbers; of longer ones a CPU's generator sees the lower 32 bits alone."""
+    """One seed for several numbers: 32 bits, as a CPU's generator uses no more."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 def train_one_batch(run: Run, batch: Tensor) -> Tensor:
-    """One step of SGD on these photos; returns (loss, right answers), summed."""
-    totals = torch.zeros(2, device=run.device)
-    images, targets = make_batch(run, batch[RANK::WORLD_SIZE])
-    pieces = run.args.accumulate
-    if run.device.type == "cpu":  # 64 at once are as fast as more, in less memory
+    """One step of SGD on these photos; returns this process's sums (loss, right answers)."""
+    args, totals = run.args, torch.zeros(2, device=run.device)
+    images, targets = make_batch(run, batch[get_rank() :: get_world_size()])
+    pieces = args.accumulate
+    if run.device.type == "cpu":  # 64 photos at once are as fast as more, in less memory
         pieces = max(pieces, math.ceil(len(images) / 64))
-    with run.autocast:  # around all pieces: the weights are cast once
+
+    with run.autocast:  # around all pieces, so that it casts the weights once
         for x, y in zip(images.tensor_split(pieces), targets.tensor_split(pieces), strict=True):
-            logits, smoothing = run.net(x).float(), run.args.label_smoothing
-            loss = F.cross_entropy(logits, y, reduction="sum", label_smoothing=smoothing)
-            # By the size of the whole batch, so that the pieces' gradients add up.
+            logits = run.net(x).float()
+            loss = F.cross_entropy(logits, y, reduction="sum", label_smoothing=args.label_smoothing)
+            # Divided by the whole batch's size, the gradients of all pieces add up to its mean.
             run.scaler.scale(loss / len(batch)).backward()
-            totals += torch.stack([loss.detach(), (logits.argmax(1) == y.argmax(1)).sum()])
-    if WORLD_SIZE > 1:
+            right = (logits.argmax(1) == y.argmax(1)).sum()
+            totals += torch.stack([loss.detach(), right])
+
+    if is_distributed():
         for p in run.net.parameters():
             dist.all_reduce(p.grad)
     run.scaler.step(run.optimizer)
@@ -497,68 +607,170 @@ def train_one_batch(run: Run, batch: Tensor) -> Tensor:
     return totals
 
 
+def make_batch(run: Run, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """Images (n, 3, 224, 224) around 0..1 and targets (n, classes), augmented, on the device."""
+    args = run.args
+    pixels, labels = run.train_set.take(indices, run.device)
+    strength = min(1, len(run.history) / RAMP_EPOCHS)
+    images = alexnet.to_float(pixels)
+    images = random_crop(images, args.crop_area, strength * args.rotation)
+    images = random_colors(images, run.color_axes, strength * args.jitter)
+    targets = F.one_hot(labels, len(run.train_set.classes)).float()
+
+    # CutMix pastes a window of another photo into the first half of those to mix, mixup blends the
+    # second half. Of three or fewer, one would be left to be blended with itself: all get a window.
+    n_mixed = round(len(indices) * args.mix)
+    n_cutmix = math.ceil(n_mixed / 2) if n_mixed > 3 else n_mixed
+    if n_mixed:
+        for mix, part in ((CUTMIX, slice(n_cutmix)), (MIXUP, slice(n_cutmix, n_mixed))):
+            images[part], targets[part] = mix(images[part], targets[part])
+    return images, targets
+
+
+def random_crop(images: Tensor, crop_area: float, rotation: float) -> Tensor:
+    """A crop of each photo (n, 3, 256, 256), turned and perhaps mirrored: (n, 3, 224, 224)."""
+    n = len(images)
+    if n == 0:  # a process's share of a very small batch
+        return images.new_empty(0, 3, CROP_SIZE, CROP_SIZE)
+    with images.device:
+        matrices = draw_crops(n, crop_area, rotation)
+    grid = F.affine_grid(matrices, [n, 3, CROP_SIZE, CROP_SIZE], align_corners=False)
+
+    # A turned crop may reach beyond the photo, which goes on mirrored there: what lies outside the
+    # centres of the outermost pixels is read as far inside. MPS lacks the padding_mode
+    # "reflection", which would do this, and wants contiguous images.
+    edge = 1 - 1 / IMAGE_SIZE
+    grid = 2 * grid.clamp(-edge, edge) - grid
+    return F.grid_sample(images.contiguous(), grid, align_corners=False)
+
+
+def draw_crops(n: int, crop_area: float, rotation: float) -> Tensor:
+    """Affine matrices (n, 2, 3) from each point of a crop to its place in the photo, in -1..1."""
+    # Sizes of the crops as parts of the photo's, and their places in 0..1, (width, height) by n.
+    if crop_area:  # of crop_area to 1 of the photo's area, at an aspect of 3/4 to 4/3
+        area = torch.empty(n).uniform_(crop_area, 1)
+        aspect = torch.empty(n).uniform_(math.log(3 / 4), math.log(4 / 3)).exp()
+        size = torch.stack([area * aspect, area / aspect]).sqrt().clamp(max=1)
+        place = torch.rand(2, n)
+    else:  # section 4.1: 224 x 224 of 256 x 256 pixels, at one of 33 x 33 places
+        size = torch.full((2, n), CROP_SIZE / IMAGE_SIZE)
+        place = torch.randint(IMAGE_SIZE - CROP_SIZE + 1, (2, n)) / (IMAGE_SIZE - CROP_SIZE)
+    mirror = torch.randint(2, (n,)) * 2 - 1
+    angle = (rotation * (2 * torch.rand(n) - 1)).deg2rad()
+
+    # Scale to the crop's size, mirror, turn, and move to its centre (x, y).
+    width, height = size
+    x, y = (2 * place - 1) * (1 - size)
+    sin, cos = angle.sin(), angle.cos()
+    rows = mirror * width * cos, -height * sin, x, mirror * width * sin, height * cos, y
+    return torch.stack(rows, dim=1).view(n, 2, 3)
+
+
+def random_colors(images: Tensor, axes: Tensor, jitter: float) -> Tensor:
+    """Change the colours of each image (n, 3, H, W)."""
+    n = len(images)
+    with images.device:
+        shifts = 0.1 * torch.randn(n, 3) @ axes.T  # section 4.1
+        brightness, contrast, saturation = 1 + jitter * (2 * torch.rand(3, n, 1, 1) - 1)
+        # Saturation draws R, G and B away from their mean, or to it; contrast draws all away from
+        # middle grey; brightness multiplies. Together: one 3 x 3 matrix an image, and a shift.
+        matrices = brightness * contrast * (saturation * torch.eye(3) + (1 - saturation) / 3)
+    shifts = shifts[:, :, None] + brightness * (1 - contrast) / 2
+    return torch.baddbmm(shifts, matrices, images.flatten(2)).view_as(images)
+
+
 @torch.no_grad()
 def update_average(run: Run, steps: int, total: int) -> None:
-    """Move the average of the weights on by some steps: at a high rate they circle it."""
-    decay = min(run.args.ema, total / (10 + total)) ** steps  # soon forgets the start
+    """Move the average of the weights on by some steps, of which `total` were done so far.
+
+    At a high rate the weights oscillate around their average, which so is the better network.
+    """
+    decay = min(run.args.ema, total / (10 + total))  # it soon forgets the start
     averages, weights = list(run.average.parameters()), list(run.net.parameters())
-    torch._foreach_lerp_(averages, weights, 1 - decay)
+    torch._foreach_lerp_(averages, weights, 1 - decay**steps)
 
 
 def evaluate(run: Run, net: AlexNet, ten_views: bool = False) -> tuple[float, float]:
     """Loss and accuracy on val, by the central view or the mean of ten."""
-    photos, totals = run.val_set, torch.zeros(2, device=run.device)
-    batches = torch.arange(len(photos))[RANK::WORLD_SIZE].split(64)
-    for batch in tqdm(batches, desc="evaluating", leave=False, disable=NO_BAR):
-        pixels, labels = photos.take(batch, run.device)
+    val_set, totals = run.val_set, torch.zeros(2, device=run.device)
+    batches = torch.arange(len(val_set))[get_rank() :: get_world_size()].split(64)
+    for batch in tqdm(batches, desc="evaluating", leave=False, disable=get_rank() > 0 or None):
+        pixels, labels = val_set.take(batch, run.device)
         with run.autocast:
             probabilities = alexnet.predict_probabilities(net, alexnet.to_float(pixels), ten_views)
         losses = F.nll_loss(probabilities.clamp(min=1e-12).log(), labels, reduction="none")
-        found = torch.stack([losses, probabilities.argmax(1) == labels])
-        totals += (found * run.class_weights[labels]).sum(1)
-    return mean_over_processes(totals, len(photos), "validation")
+        right = probabilities.argmax(1) == labels
+        totals += (torch.stack([losses, right]) * run.class_weights[labels]).sum(1)
+    return mean_over_processes(totals, len(val_set), "validation")
 
 
-def is_on_plateau(run: Run) -> bool:
-    """Whether no epoch beat the answer that needs no photo, the classes' shares."""
-    # Its loss is their entropy; accuracy alone never tells where one class has 95 %.
-    entropy = -sum(share * math.log(share) for share in run.shares if share)
+# ----- the learning rate (section 5)
+def warm_up(run: Run, epochs: float) -> None:
+    """Over the first epochs the rate rises from 0 to --lr."""
+    if epochs <= WARMUP_EPOCHS:
+        run.lr = run.args.lr * (epochs / WARMUP_EPOCHS)
+
+
+def lower_rate_where_val_stalls(run: Run) -> None:
+    """Have ReduceLROnPlateau look at the last epoch's val loss."""
+    # While the network guesses, losses hardly change; the rate must not fall then.
+    if len(run.history) > WARMUP_EPOCHS and not is_guessing(run):
+        run.scheduler.step(run.history[-1]["val_loss"])
+
+
+def is_over(run: Run) -> bool:
+    """Whether all epochs are done, or the rate fell once more than MAX_LR_DROPS."""
+    lowest = run.args.lr * 0.1 ** (MAX_LR_DROPS + 0.5)  # halfway, for rates are rounded
+    return len(run.history) >= run.args.epochs or run.lr < lowest
+
+
+def is_guessing(run: Run) -> bool:
+    """Whether no epoch so far was better than an answer that needs no photo: the class shares."""
+    # Its loss is their entropy. Accuracy alone would never tell where one class has 95 %.
+    shares = run.class_shares
+    entropy = -sum(share * math.log(share) for share in shares if share)
     lowest = best_epoch(run.history)["val_loss"]
     highest = max(row["val_accuracy"] for row in run.history)
-    return lowest >= 0.98 * entropy and highest <= max(run.shares) + 1e-6 < 1
+    return lowest >= 0.98 * entropy and highest <= max(shares) + 1e-6 < 1
+
+
+def best_epoch(history: list[dict[str, float]]) -> dict[str, float]:
+    """The row of the lowest val loss."""
+    return min(history, key=lambda row: row["val_loss"])
 
 
 # ----- files
-def save_best(run: Run) -> None:
-    """Write the best weights and the names of their classes, if AlexNet.pth lacks them."""
+def save_weights(run: Run) -> None:
+    """Write the best weights and the names of their classes, if that was not done yet."""
     if run.unsaved:
         with replacing(run.args.output / "AlexNet.pth") as file:
             torch.save(run.unsaved, file)
         names = json.dumps(dict(enumerate(run.train_set.classes)), indent=1)
-        with replacing(run.args.output / "class_idx.json") as file:  # an older run's may be there
+        with replacing(run.args.output / "class_idx.json") as file:
             file.write(names.encode())
         run.unsaved = None
 
 
-def save(run: Run) -> None:
-    """Write new best weights, then last.pt: a kill in between repeats epochs."""
-    output, start = run.args.output, time.perf_counter()
-    save_best(run)
+def save_checkpoint(run: Run) -> None:
+    """Write new best weights, then last.pt: a kill between the two repeats an epoch, no more."""
+    output, history = run.args.output, run.history
+    save_weights(run)
     with replacing(output / "last.pt") as file:
         torch.save(run.state_dict(), file)
-    run.epochs_saved = len(run.history)
-    for name in ("run.json", "kernels.png"):  # of an earlier run, or of this before it went on
+
+    # These are of an earlier run, or of this one before it went on.
+    for name in ("run.json", "kernels.png"):
         with contextlib.suppress(OSError):
             (output / name).unlink()
-    rows = [NAMES, *([f"{x:.6g}" for x in row.values()] for row in run.history)]
+
+    rows = [list(history[0])] + [[f"{x:.6g}" for x in row.values()] for row in history]
     try:
         with replacing(output / "history.csv") as file:
             file.writelines(f"{','.join(row)}\n".encode() for row in rows)
         with replacing(output / "curves.png") as file:
-            draw_curves(run.history, max(run.shares)).savefig(file, format="png")
-    except OSError as error:  # on Windows one that is open elsewhere
+            draw_curves(history, max(run.class_shares)).savefig(file, format="png")
+    except OSError as error:  # Windows refuses while another program has one open
         print(f"warning: {error}", file=sys.stderr)
-    run.next_save = time.perf_counter() + SAVE_PAUSE * (time.perf_counter() - start)
 
 
 def draw_curves(history: list[dict[str, float]], share: float) -> Figure:
@@ -574,7 +786,7 @@ def draw_curves(history: list[dict[str, float]], share: float) -> Figure:
         axis.set(xlabel="epoch", title=name)
         axis.locator_params("x", integer=True, min_n_ticks=1)
         axis.grid(alpha=0.3)
-    label = f"always the largest class: {share:.3f}"
+    label = f"baseline (largest class): {share:.3f}"
     accuracy.axhline(share, color="tab:red", linestyle="--", linewidth=1, label=label)
     figure.legend(*accuracy.get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure
@@ -583,19 +795,19 @@ def draw_curves(history: list[dict[str, float]], share: float) -> Figure:
 def report(run: Run) -> None:
     """Evaluate AlexNet.pth by both kinds of views; write run.json and kernels.png."""
     weights = run.args.output / "AlexNet.pth"
-    if not RANK:
-        save(run)
-    wait_for_others()
+    wait_for_others()  # process 0 has just written it
     net = best_network(run)
-    center, ten = (evaluate(run, net, ten_views)[1] for ten_views in (False, True))
-    if RANK:
+    _, center = evaluate(run, net)
+    _, ten = evaluate(run, net, ten_views=True)
+    if get_rank() > 0:
         return
+
     # The paper's figure 3: the 96 kernels of conv1, 16 a row, the upper 48 of one GPU.
     kernels = F.interpolate(net.features[1].weight, scale_factor=5.0)  # 55 pixels a side
     with replacing(weights.with_name("kernels.png")) as file:
         save_image(kernels, file, format="png", nrow=16, padding=5, pad_value=1, normalize=True)
     facts = {
-        "options": run.options,
+        "options": options_of(run.args),
         "photos": {"train": run.train_set.counts, "val": run.val_set.counts},
         "epochs": len(run.history),
         "best_epoch": best_epoch(run.history)["epoch"],
@@ -608,134 +820,79 @@ def report(run: Run) -> None:
     print(f"now classify a photo: python predict.py PHOTO --weights {weights}")
 
 
-class Help(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
-    """Tells each default, and leaves the lines of the description as they are."""
+def is_finished(run: Run) -> bool:
+    """Whether there is nothing left to train, to write or to report."""
+    return is_over(run) and not run.unsaved and (run.args.output / "run.json").exists()
 
 
-def parse_args(argv: list[str] | None) -> Namespace:
-    """All options; `kept` names those of a run, and `typed` are those of them that were given."""
-    parser = ArgumentParser(description=__doc__, formatter_class=Help)
-    share, count = number_within(0.0, 1.0), number_within(1, 2**20)
+# ----- several processes, one a card, by torchrun
+# Each takes every n-th photo of a batch, and adds its gradients to the others'. Process 0 alone
+# decodes, writes and prints.
+def connect_processes(device_name: str) -> torch.device:
+    """Connect to the other processes, if torchrun started this one; returns its device.
 
-    # These may be others when a run is resumed.
-    add = parser.add_argument
-    add("--data", type=Path, default="data", help="the folder that split_data.py made")
-    add("--output", type=Path, default=".", help="the folder to write into")
-    way = parser.add_mutually_exclusive_group().add_argument
-    way("--resume", action="store_true", help="go on with the run in --output, with its options")
-    way("--overwrite", action="store_true", help="replace the run in --output")
-    add("--accumulate", type=count, default=1, help="pieces of a batch, to save memory")
-    add("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto: the fastest there is")
-    precisions = ("auto", "float32", "bfloat16", "float16")
-    auto = "auto: bfloat16 where it is native, float16 on older CUDA cards"
-    add("--precision", choices=precisions, default="auto", help=auto)
+    NCCL carries the gradients between CUDA cards, gloo between CPUs (and cards of Windows).
+    """
+    if not os.environ.get("WORLD_SIZE"):
+        return alexnet.pick_device(device_name)
+    if torch.cuda.is_available() and device_name != "cpu":
+        device_name = f"cuda:{os.environ['LOCAL_RANK']}"
+    elif device_name == "auto":  # gloo knows no MPS
+        device_name = "cpu"
+    elif device_name != "cpu":
+        raise InputError(f"--device {device_name}: torchrun needs CUDA cards, or CPUs")
+    device = alexnet.pick_device(device_name)
 
-    # These are stored in last.pt and restored by --resume.
-    paper = "--recipe paper: " + ", ".join(f"{name} {value}" for name, value in PAPER.items())
-    add = parser.add_argument_group("options of a run", paper.replace("_", "-")).add_argument
-    add("--recipe", choices=("default", "paper"), default="default", help="the paper's start, too")
-    add("--init", default="", help="an AlexNet.pth to start from; other classes: a new last layer")
-    add("--epochs", type=count, default=90, help="passes over the photos; --resume takes more")
-    add("--batch-size", type=count, default=32, help="photos a step, of all processes together")
-    add("--lr", type=number_within(1e-12, 1e9), default=0.01, help="learning rate of SGD")
-    add("--momentum", type=share, default=0.9, help="of SGD")
-    add("--weight-decay", type=share, default=0.0005, help="of SGD")
-    add(
-        "--ema",
-        type=share,
-        default=0.99,
-        help="decay of the average of the weights, which is saved",
-    )
-    add("--label-smoothing", type=share, default=0.1, help="share of the answer spread over all")
-    patience = "divide lr by 10 after this many epochs without a 1 %% lower val loss"
-    add("--patience", type=number_within(0, 2**20), default=10, help=patience)
-    crop_area = "smallest part of a photo in a crop; 0: 224 x 224 of 256 x 256"
-    add("--crop-area", type=share, default=0.25, help=crop_area)
-    rotation = "degrees by which crops turn at most; grows over 60 epochs"
-    add("--rotation", type=number_within(0.0, 180.0), default=30.0, help=rotation)
-    jitter = "largest change of brightness, contrast and saturation; grows, too"
-    add("--jitter", type=share, default=0.4, help=jitter)
-    mix = "share of photos mixed with others, by CutMix and by mixup"
-    add("--mix", type=share, default=0.5, help=mix)
-    balance = "1: every class counts alike; 0: every photo; also between"
-    add("--balance", type=share, default=0.0, help=balance)
-    groups = "2: as on the paper's two GPUs; 1: merged, for 1.4 times the time"
-    add("--groups", type=int, choices=(1, 2), default=2, help=groups)
-    seed = "of weights, order, crops and dropout"
-    add("--seed", type=number_within(0, 2**32), default=0, help=seed)
-
-    args = parser.parse_args(argv)
-    kept = [name for name in vars(args) if name not in FREE]
-    # Parsed once more without defaults, what was not typed is None.
-    blank = Namespace(**dict.fromkeys(vars(args)))
-    again = vars(parser.parse_args(argv, blank))
-    typed = {name: again[name] for name in kept if again[name] is not None}
-    if args.recipe == "paper":
-        vars(args).update(PAPER | typed)
-    args.kept, args.typed = kept, typed
-    return args
-
-
-def number_within(least: float, most: float) -> Callable[[str], float]:
-    """A type of argparse: numbers of the limits' own type."""
-
-    def number(text: str) -> float:
-        value = type(least)(text)
-        if not least <= value <= most:
-            raise ArgumentTypeError(f"must be within {least} to {most}")
-        return value
-
-    return number
-
-
-# ----- several processes, a card each, by torchrun
-# Each takes every WORLD_SIZE-th photo of a batch; process 0 alone writes and prints.
-RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-NO_BAR = RANK > 0 or None  # None: a bar where somebody watches
-
-
-def connect_processes(args: Namespace) -> None:
-    """NCCL carries the gradients between CUDA cards, gloo between CPUs (and cards of Windows)."""
-    if WORLD_SIZE > 1:
-        patience = timedelta(days=1)  # decoding may take hours
-        if torch.cuda.is_available() and args.device != "cpu":
-            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-        elif args.device in ("auto", "cpu"):  # gloo knows no MPS
-            args.device = "cpu"
-        else:
-            raise InputError(f"--device {args.device}: torchrun needs CUDA cards, or CPUs")
-        device = alexnet.pick_device(args.device)
-        if device.type == "cuda" and dist.is_nccl_available():  # Windows has none
-            dist.init_process_group("nccl", timeout=patience, device_id=device)
-        else:
-            dist.init_process_group("gloo", timeout=patience)
-        atexit.register(leave_others)
-    if RANK:
+    patience = timedelta(days=1)  # decoding may take hours
+    if device.type == "cuda" and dist.is_nccl_available():  # Windows has none
+        dist.init_process_group("nccl", timeout=patience, device_id=device)
+    else:
+        dist.init_process_group("gloo", timeout=patience)
+    atexit.register(leave_at_once)
+    if get_rank() > 0:
         sys.stdout = open(os.devnull, "w")
+    return device
 
 
-def leave_others() -> None:
-    """End a process that failed: to take leave of the others would wait for them, for ever."""
-    if dist.is_initialized():  # main did not come to its end
-        sys.stderr.flush()
-        os._exit(1)
+def is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def get_rank() -> int:
+    return dist.get_rank() if is_distributed() else 0
+
+
+def get_world_size() -> int:
+    return dist.get_world_size() if is_distributed() else 1
 
 
 def wait_for_others() -> None:
-    if WORLD_SIZE > 1:
+    if is_distributed():
         dist.barrier()
 
 
 def mean_over_processes(totals: Tensor, n: int, where: str) -> tuple[float, float]:
-    """Loss and accuracy from the sums over n photos; raises InputError if they are nan."""
+    """Loss and accuracy from all processes' sums over n photos; raises InputError if not finite."""
     totals = totals.clone()
-    if WORLD_SIZE > 1:
+    if is_distributed():
         dist.all_reduce(totals)
-    # In float32 three of five would be more than 0.6, the largest class's share.
+    # Divided as Python's floats: in float32, 3 / 5 is more than a class's share of 0.6.
     loss, accuracy = (total / n for total in totals.tolist())
     if not math.isfinite(loss):
         raise InputError(f"the loss is no number ({where}); start with a lower --lr")
     return loss, accuracy
+
+
+def disconnect_processes() -> None:
+    if is_distributed():
+        dist.destroy_process_group()
+
+
+def leave_at_once() -> None:
+    """End a process that failed: an orderly exit would wait for the others, for ever."""
+    if is_distributed():  # main did not come to its end
+        sys.stderr.flush()
+        os._exit(1)
 
 
 if __name__ == "__main__":

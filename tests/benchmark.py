@@ -80,9 +80,7 @@ def our_batches(
     alexnet.keep_large_blocks()
     argv = ["--data", str(data), "--output", str(data / "run"), "--batch-size", str(batch_size)]
     args = train.parse_args([*argv, "--precision", precision, "--device", str(device)])
-    train.open_checkpoint(args)
-    train_set = train.Photos(data / "train", data)
-    run = train.Run(args, train_set, train.Photos(data / "val", data, train_set.classes))
+    run = train.Run(args, alexnet.pick_device(args.device), *train.open_photos(args))
     run.net.train()
     make_batch, seconds = train.make_batch, []
 

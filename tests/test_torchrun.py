@@ -32,16 +32,13 @@ sys.exit(train.main())
 def simplify(replace: Callable[[Any, str, Any], None]) -> None:
     """Have a narrow network, and nothing drawn in a step: processes draw numbers of their own."""
 
-    def central(n: int, *limits: Any) -> torch.Tensor:
-        return torch.tensor([[0.875, 0, 0], [0, 0.875, 0]]).repeat(n, 1, 1)
-
-    def unchanged(n: int, *limits: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.eye(3).repeat(n, 1, 1), torch.zeros(n, 3, 1)
+    def central(images: torch.Tensor, *limits: float) -> torch.Tensor:
+        return images[:, :, 16:240, 16:240]
 
     replace(torch.nn, "Linear", NarrowLinear)
     replace(torch.nn.Dropout, "forward", lambda self, x: x)
-    replace(train, "draw_crops", central)
-    replace(train, "draw_colors", unchanged)
+    replace(train, "random_crop", central)
+    replace(train, "random_colors", lambda images, *limits: images)
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no distributed")
@@ -53,16 +50,15 @@ def test_without_cuda_processes_are_connected_on_the_cpu_alone(monkeypatch):
     places = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": "0", "WORLD_SIZE": "1"}
     for name, value in places.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(train, "WORLD_SIZE", 2)
     with pytest.raises(
         alexnet.InputError, match="--device mps: torchrun needs CUDA cards, or CPUs"
     ):
-        train.connect_processes(train.parse_args(["--device", "mps"]))
-    args = train.parse_args([])
-    train.connect_processes(args)
-    atexit.unregister(train.leave_others)
-    assert args.device == "cpu" and torch.distributed.get_backend() == "gloo"
-    torch.distributed.destroy_process_group()
+        train.connect_processes("mps")
+    device = train.connect_processes("auto")
+    atexit.unregister(train.leave_at_once)
+    assert device == torch.device("cpu") and torch.distributed.get_backend() == "gloo"
+    train.disconnect_processes()
+    assert not train.is_distributed()
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no distributed")

@@ -62,15 +62,15 @@ def run(few, tmp_path, monkeypatch) -> train.Run:
 def new_run(data: Path, output: Path, *options: str, photos: Photos | None = None) -> Any:
     """A run at its start, with dropout off; `photos` are then those of both sides."""
     args = train.parse_args(argv_of(data, output, *options))
-    train.open_checkpoint(args)
-    run = train.Run(args, *((photos, photos) if photos else open_photos(data, output)))
+    train.prepare_output(args)
+    sets = (photos, photos) if photos else train.open_photos(args)
+    run = train.Run(args, alexnet.pick_device(args.device), *sets)
     run.net.train().classifier[2].p = run.net.classifier[5].p = 0.0
     return run
 
 
 def open_photos(data: Path, output: Path) -> tuple[Photos, Photos]:
-    train_set = Photos(data / "train", output)
-    return train_set, Photos(data / "val", output, train_set.classes)
+    return train.open_photos(train.parse_args(argv_of(data, output)))
 
 
 def photos_of(pixels: Tensor, labels: Tensor, n_classes: int) -> Photos:
@@ -79,7 +79,8 @@ def photos_of(pixels: Tensor, labels: Tensor, n_classes: int) -> Photos:
     photos.pixels, photos.labels = pixels, labels
     photos.classes = [*map(str, range(n_classes))]
     photos.counts = torch.bincount(labels, minlength=n_classes).tolist()
-    photos.digest, photos.broken = "", 0
+    photos.digest = ""
+    photos.open_pixels = lambda output: None
     return photos
 
 
@@ -135,14 +136,13 @@ def test_a_class_whose_name_begins_with_a_dot_is_left_out_and_named(few, tmp_pat
 
 
 def test_a_set_may_be_larger_than_the_memory(few, tmp_path, monkeypatch):
-    def write_empty(path: Path, files: list[Path]) -> int:
+    def write_empty(path: Path, files: list[Path]) -> None:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         shape = (3 * memory // 256**2, 256, 256, 3)
         with open(path, "wb") as file:
             header = {"descr": "|u1", "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(file, header)
             file.truncate(file.tell() + math.prod(shape))  # which takes no room on the disk
-        return 0
 
     monkeypatch.setattr(train, "write_pixels", write_empty)
     photos, _ = open_photos(copy_of(few, tmp_path / "data"), tmp_path)
@@ -159,23 +159,25 @@ def test_data_that_cannot_be_trained_on(tmp_path, capsys):
     sides[1].mkdir()
     assert f"{sides[1]} has photos of 0 classes" in refusal(data, tmp_path)
     draw_photos(sides[1], {"a": 2})
-    broken = [data / name for name in ("train/a/00.jpg", "train/b/01.jpg", "val/a/01.jpg")]
-    for path in broken:
-        path.write_text("no photo")
-    message, printed = refusal(data, tmp_path), capsys.readouterr().err
-    assert "3 photos" in message and all(str(path) in printed for path in broken)
-    assert len([*tmp_path.rglob("*.npy*")]) == 1  # that of train while its photos were whole
+    for side, names in (("train", ("a/00.jpg", "b/01.jpg")), ("val", ("a/01.jpg",))):
+        for name in names:
+            (data / side / name).write_text("no photo")
+        message, printed = refusal(data, tmp_path), capsys.readouterr().err
+        assert f"cannot read {len(names)} of the photos in {side}, named above" in message
+        assert all(str(data / side / name) in printed for name in names)
+    assert [path.name[:4] for path in tmp_path.rglob("*.npy*")] == ["val-"]  # while it was whole
     draw_photos(sides[1], {"c": 1})
     assert "a class that train lacks, c:" in refusal(data, tmp_path)
 
 
-def test_a_crop_equals_brute_force():
+def test_a_crop_equals_brute_force(monkeypatch):
     torch.manual_seed(0)
-    images, matrices, shifts = torch.rand(4, 3, 256, 256), torch.rand(4, 3, 3), torch.rand(4, 3, 1)
+    images = torch.rand(4, 3, 256, 256)
     plain, mirrored = [[0.875, 0, 0.05], [0, 0.875, -0.125]], [[-0.7, 0, 0.2], [0, 0.6, -0.4]]
     turned = [[0.8, -0.5, 0.2], [0.4, 0.7, -0.1]]  # beyond the photo, which goes on mirrored there
     crops = torch.tensor([plain, mirrored, [[1.0, 0, 0], [0, 1, 0]], turned])
-    views = train.augment(images, crops, matrices, shifts).numpy()
+    monkeypatch.setattr(train, "draw_crops", lambda *limits: crops)
+    views = train.random_crop(images, 0.25, 30).numpy()
     for i in range(4):
         for row, column in ((0, 0), (223, 223), (17, 200), (111, 5)):
             u, v = (2 * column + 1) / 224 - 1, (2 * row + 1) / 224 - 1
@@ -184,27 +186,27 @@ def test_a_crop_equals_brute_force():
             x0, y0 = min(int(x), 254), min(int(y), 254)
             corners = images[i, :, y0 : y0 + 2, x0 : x0 + 2].double().numpy()
             weights = np.outer((1 - y + y0, y - y0), (1 - x + x0, x - x0))
-            color = matrices[i].numpy() @ (corners * weights).sum((1, 2))
-            expected = color + shifts[i, :, 0].numpy()
+            expected = (corners * weights).sum((1, 2))
             assert views[i, :, row, column] == pytest.approx(expected, abs=1e-4)
 
 
-def test_the_crops_of_the_paper_copy_pixels_at_33_x_33_places():
-    crops, images = train.draw_crops(20_000, 0, 0, CPU), torch.rand(1, 3, 256, 256)
+def test_the_crops_of_the_paper_copy_pixels_at_33_x_33_places(monkeypatch):
+    crops, images = train.draw_crops(20_000, 0, 0), torch.rand(1, 3, 256, 256)
     corners = (128 * (crops[:, :, 2] + 1) - 112).round().int().tolist()
     assert {*map(tuple, corners)} == {(x, y) for x in range(33) for y in range(33)}
     assert (crops[:, 0, 0] < 0).float().mean() == pytest.approx(0.5, abs=0.02)
     for crop, (x, y) in zip(crops[:8], corners[:8], strict=True):
         expected = images[:, :, y : y + 224, x : x + 224]
         expected = expected.flip(3) if crop[0, 0] < 0 else expected
-        view = train.augment(images, crop[None], torch.eye(3)[None], torch.zeros(1, 3, 1))
+        monkeypatch.setattr(train, "draw_crops", lambda *limits: crop[None])  # noqa: B023
+        view = train.random_crop(images, 0, 0)
         torch.testing.assert_close(view, expected, rtol=0, atol=1e-4)
 
 
 def test_random_crops_lie_in_the_photo_and_areas_and_aspects_in_range():
     torch.manual_seed(0)
     least = 0.1
-    crops = train.draw_crops(20_000, least, 0, CPU)
+    crops = train.draw_crops(20_000, least, 0)
     width, height, x, y = crops[:, 0, 0].abs(), crops[:, 1, 1], *crops[:, :, 2].T
     assert (x.abs() + width).max() <= 1 + 1e-6 and (y.abs() + height).max() <= 1 + 1e-6
     area, aspect = width * height, width / height
@@ -226,22 +228,32 @@ def test_color_shifts_have_a_hundredth_of_the_covariance_of_the_pixels(few, tmp_
     covariance = [[900, 700, 500], [700, 800, 600], [500, 600, 1000]]
     colors = np.random.default_rng(0).multivariate_normal([128] * 3, covariance, 40)
     photos = photos_of_one_color_each(colors.clip(0, 255), 1)
-    monkeypatch.setattr(train, "augment", lambda images, crops, matrices, shifts: shifts[..., 0])
+    monkeypatch.setattr(train, "random_crop", lambda images, *limits: 0 * images)
     run = new_run(few, tmp_path, "--mix", "0", photos=photos)
-    shifts, _ = train.make_batch(run, torch.arange(40).repeat(2500))
+    images, _ = train.make_batch(run, torch.arange(40).repeat(2500))
+    shifts = images.flatten(1)  # of one black pixel each
     expected = torch.from_numpy(np.cov(photos.pixels[:, 0, 0].T / 255)) / 100
     torch.testing.assert_close(shifts.T.cov().double(), expected, rtol=0.05, atol=0)
     assert shifts.mean(0).abs().max() < 1e-3
 
 
 def test_turns_and_changes_of_colors_grow_over_60_epochs(few, tmp_path, monkeypatch):
+    def record(images: Tensor, *limits: float) -> Tensor:
+        """Of each photo a black, a red, a green and a blue pixel, (n, 3, 1, 4)."""
+        drawn_crops.append(train.draw_crops(len(images), *limits))
+        pixels = torch.cat([torch.zeros(3, 1), torch.eye(3)], dim=1)
+        return pixels[None, :, None].repeat(len(images), 1, 1, 1)
+
+    drawn_crops: list[Tensor] = []
     photos = photos_of_one_color_each(np.array([[0, 0, 0], [50, 100, 150]]), 1)
-    monkeypatch.setattr(train, "augment", lambda images, *drawn: drawn)
+    monkeypatch.setattr(train, "random_crop", record)
     run = new_run(few, tmp_path, *"--mix 0 --rotation 40 --jitter 0.3".split(), photos=photos)
     run.color_axes.zero_()
     for epochs, strength in ((0, 0), (15, 0.25), (90, 1)):
         run.history = [{}] * epochs
-        (crops, colors, shifts), _ = train.make_batch(run, torch.arange(2).repeat(10_000))
+        images, _ = train.make_batch(run, torch.arange(2).repeat(10_000))
+        crops, (shifts, colors) = drawn_crops[-1], images.squeeze(2).split([1, 3], dim=2)
+        colors = colors - shifts
         right, down = crops[:, :, 0], crops[:, :, 1]  # of the crop, in the photo
         assert (right * down).sum(1).abs().max() < 1e-6
         scale = colors.sum(2)[:, :1]  # of grey, of which black becomes the shift
@@ -318,7 +330,7 @@ def test_balance_counts_every_class_alike(tmp_path, monkeypatch):
             train.train_one_epoch(run, epoch)
         rare = labels[torch.cat(drawn)].float().mean().item()
         assert rare == pytest.approx(1 - share, abs=1e-6 if balance == "0" else 0.06)
-        assert run.shares == pytest.approx([share, 1 - share])
+        assert run.class_shares == pytest.approx([share, 1 - share])
         assert train.evaluate(run, run.average) == pytest.approx((loss, share))
 
 
@@ -438,8 +450,8 @@ def rates_of(results: list, folder: Path, patch: pytest.MonkeyPatch, n_large: in
     patch.setattr(train, "Photos", Mock(return_value=photos))
     patch.setattr(train, "train_one_epoch", lambda run, epoch: (1.0, 0.5))
     patch.setattr(train, "evaluate", Mock(side_effect=results))
-    patch.setattr(train, "save_best", Mock())
-    patch.setattr(train, "save", Mock())
+    patch.setattr(train, "save_weights", Mock())
+    patch.setattr(train, "save_checkpoint", Mock())
     patch.setattr(train, "report", report)
     run_train(folder, folder, "--patience", "2", "--epochs", str(len(results)))
     return [row["lr"] for row in report.call_args.args[0].history]
@@ -494,8 +506,8 @@ def growing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every epoch is better than the last."""
     evaluate = train.evaluate
 
-    def by_bias(run: train.Run, net: nn.Module, *views: bool) -> tuple[float, float]:
-        return 1 / (1 + net.classifier[6].bias.norm().item()), evaluate(run, net, *views)[1]
+    def by_bias(run: train.Run, net: nn.Module, ten_views: bool = False) -> tuple[float, float]:
+        return 1 / (1 + net.classifier[6].bias.norm().item()), evaluate(run, net, ten_views)[1]
 
     monkeypatch.setattr(train, "evaluate", by_bias)
 
@@ -657,7 +669,7 @@ def test_the_order_of_photos_and_their_crops_are_drawn_from_two_streams(few, tmp
 
     monkeypatch.setattr(train, "train_one_batch", record)
     for rank in (0, 1):  # whose order is the same, and whose draws are not
-        monkeypatch.setattr(train, "RANK", rank)
+        monkeypatch.setattr(train, "get_rank", lambda rank=rank: rank)
         for epoch in (1, 2, 3):
             train.train_one_epoch(new_run(few, tmp_path, "--batch-size", "6"), epoch)
     ours = [(1 / draw).argsort(descending=True).tolist() for draw in draws]
@@ -685,7 +697,8 @@ def test_a_full_disk_is_one_line_and_leaves_whole_files(two, few, tmp_path, monk
         assert (names.read_text() == "{}") == (size < half)
     assert (output / "last.pt").read_bytes() == (two / "last.pt").read_bytes()
     assert len(alexnet.load_network(output / "AlexNet.pth").classifier[6].bias) == 2
-    assert {path.name for path in output.iterdir()} == FILES and not [*data.glob("*.npy*")]
+    assert {path.name for path in output.iterdir()} == FILES
+    assert [path.name[:4] for path in data.glob("*.npy*")] == ["val-"]  # that of train is too large
 
 
 def test_curves_mark_the_best_epoch_and_the_largest_class():
@@ -698,7 +711,7 @@ def test_curves_mark_the_best_epoch_and_the_largest_class():
         for side in ("train", "val"):
             assert lines[side] == [[row["epoch"], row[f"{side}_{name}"]] for row in history]
         assert lines["best on val: epoch 3, accuracy 0.700"] == [[3, history[2][f"val_{name}"]]]
-    assert {y for _, y in lines["always the largest class: 0.245"]} == {0.245}
+    assert {y for _, y in lines["baseline (largest class): 0.245"]} == {0.245}
     assert {text.get_text() for text in figure.legends[0].get_texts()} == {*lines}
 
 
