@@ -1,4 +1,12 @@
-"""AlexNet, and what the other scripts share. Sections are those of Krizhevsky et al. 2012."""
+"""The network of Krizhevsky, Sutskever and Hinton 2012, and below it what the scripts share.
+
+    python alexnet.py               # its layers: output shapes, parameters, multiply-adds
+    python alexnet.py --groups 1    # the same, not divided for two GPUs
+
+Sections in comments are those of the paper.
+"""
+
+from __future__ import annotations
 
 import contextlib
 import ctypes
@@ -12,6 +20,7 @@ import sys
 import time
 import unicodedata
 import warnings
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -27,69 +36,6 @@ from tqdm import tqdm
 
 IMAGE_SIZE = 256  # pixels a side of a stored photo (section 2)
 CROP_SIZE = 224  # of what the network sees of it (section 4.1)
-VAL_FOLDERS = ("val", "valid", "validation")  # what other sets call it
-# What other programs keep for themselves is nobody's photo; a Mac adds a ._x.jpg to x.jpg.
-PRIVATE = ("._", ".ipynb_checkpoints", ".git", ".Trash", ".thumbnails", ".cache")
-READER = 3  # raise it when read_square changes: train.py then decodes anew
-SUFFIXES = "jpg jpeg jpe jfif jfi jif pjpeg png bmp gif tif tiff webp avif ppm pgm".split()
-FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM", "AVIF")  # EPS would run a program
-
-warnings.filterwarnings("ignore", module="PIL")  # a file is read, or one line says why not
-warnings.filterwarnings("ignore", "Please use the new API settings to control TF32")  # torch 2.9
-
-
-# ----- the network
-def normalize(x: Tensor) -> Tensor:
-    """y = x * d^-0.75, d = 2 + alpha * the sum of x^2 over 5 neighbouring channels."""
-    root = denominator(x).rsqrt()
-    return x * (root * root.sqrt())  # cheaper than a power
-
-
-def denominator(x: Tensor) -> Tensor:
-    """d; alpha is 0.01^2, for in float16 the square of 300 is infinite."""
-    return sum_over_neighbors((0.01 * x).square(), 2.0)
-
-
-def sum_over_neighbors(x: Tensor, start: float = 0.0) -> Tensor:
-    """start + the sum of (N, C, H, W) over channels i - 2 to i + 2: a 1 x 1 convolution."""
-    ones = x.new_ones(x.shape[1], x.shape[1]).tril(2).triu(-2)
-    return F.conv2d(x, ones[:, :, None, None], x.new_full(x.shape[1:2], start))
-
-
-class NormalizeFunction(torch.autograd.Function):
-    """`normalize`, which keeps only x for its gradient; autograd would keep five tensors.
-
-    From g, that of y: g * d^-0.75 - 1.5e-4 * x * the sum over the neighbours of g * x * d^-1.75.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        with torch.autocast(x.device.type, enabled=False):  # all in the type of x
-            return normalize(x)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        with torch.autocast(x.device.type, enabled=False):
-            d = denominator(x)
-            root = d.rsqrt()
-            scaled = root.sqrt().mul_(root).mul_(g)  # g * d^-0.75
-            total = sum_over_neighbors((0.01 * x).mul_(scaled).div_(d))
-            return torch.addcmul(scaled, total, x, value=-1.5e-4 / 0.01)
-
-
-class LocalResponseNorm(nn.Module):
-    """Section 3.3 as printed: nn.LocalResponseNorm(5, alpha=5e-4, beta=0.75, k=2), but faster."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training:  # plain operations can be exported
-            return normalize(x)
-        # A few photos at a time, as the backward pass makes seven temporary tensors; a card gets
-        # more at once, since each of its kernels takes time to start.
-        parts = x.split(4 if x.device.type == "cpu" else 32)
-        return torch.cat([NormalizeFunction.apply(part) for part in parts])
 
 
 class AlexNet(nn.Module):
@@ -139,9 +85,9 @@ class AlexNet(nn.Module):
     def initialize(self, recipe: str) -> None:
         """Draw the weights to start from.
 
-        "default": He's rule, biases 0; conv1 N(0, 0.01), or its kernels keep showing noise.
+        "default": He's rule, biases 0; but conv1 N(0, 0.01), as larger noise never trains away.
         "paper": section 5, with conv3 to conv5 as in the 2012 source (layers-145.cfg), on pixels of
-        0..255: biases of 1 would drown smaller ones.
+        0..255, since smaller values would drown in biases of 1.
         """
         layers = [x for x in self.modules() if isinstance(x, nn.Conv2d | nn.Linear)]
         for layer in layers:
@@ -165,11 +111,112 @@ class AlexNet(nn.Module):
         return self.classifier[-1](self.hidden(images))
 
 
-# ----- what the network looks at
+class LocalResponseNorm(nn.Module):
+    """Section 3.3 as printed: y = x / (2 + alpha * sum of x^2 over 5 neighbouring channels)^0.75.
+
+    alpha is 1e-4. The same as nn.LocalResponseNorm(5, alpha=5e-4, beta=0.75, k=2), as PyTorch
+    divides alpha by the number of channels; only faster.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:  # plain operations can be exported
+            return normalize(x)
+        # A few photos at a time, as the backward pass makes seven temporary tensors. A card gets
+        # more at once, since each of its kernels takes time to start.
+        parts = x.split(4 if x.device.type == "cpu" else 32)
+        return torch.cat([NormalizeFunction.apply(part) for part in parts])
+
+
+def normalize(x: Tensor) -> Tensor:
+    root = denominator(x).rsqrt()
+    return x * (root * root.sqrt())  # d^-0.75 = d^-0.5 * d^-0.25, cheaper than a power
+
+
+def denominator(x: Tensor) -> Tensor:
+    """d = 2 + alpha * the sum of x^2 over the neighbours."""
+    # Scaled by the root of alpha first: in float16, 300 squared is infinite.
+    return sum_over_neighbors((0.01 * x).square(), 2.0)
+
+
+def sum_over_neighbors(x: Tensor, start: float = 0.0) -> Tensor:
+    """`start` + the sum of (N, C, H, W) over channels i - 2 to i + 2."""
+    # As a 1 x 1 convolution, which is fast everywhere; its weights are 1 for the neighbours.
+    n_channels = x.shape[1]
+    ones = x.new_ones(n_channels, n_channels).tril(2).triu(-2)
+    return F.conv2d(x, ones[:, :, None, None], x.new_full((n_channels,), start))
+
+
+class NormalizeFunction(torch.autograd.Function):
+    """`normalize` with a gradient that needs x alone; autograd would keep five tensors for it.
+
+    g is the gradient of the loss by y, and the sums run over channel i and its neighbours j:
+
+        y_i = x_i d_i^-0.75, where d_i = 2 + alpha * sum of x_j^2.
+        x_i changes y_i directly: dy_i / dx_i = d_i^-0.75; and by every d_j near it:
+        dd_j / dx_i = 2 alpha x_i, and dy_j / dd_j = -0.75 x_j d_j^-1.75. Together:
+        gradient by x_i = g_i d_i^-0.75 - 1.5 alpha x_i * sum of g_j x_j d_j^-1.75.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        with torch.autocast(x.device.type, enabled=False):  # all in the type of x
+            return normalize(x)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        with torch.autocast(x.device.type, enabled=False):
+            d = denominator(x)
+            root = d.rsqrt()
+            direct = root.sqrt().mul_(root).mul_(g)  # g * d^-0.75
+            # Of alpha, 0.01 stands inside the sum, for float16 as above, and 0.01 outside.
+            total = sum_over_neighbors((0.01 * x).mul_(direct).div_(d))
+            return torch.addcmul(direct, total, x, value=-1.5 * 0.01)
+
+
+def to_float(pixels: Tensor) -> Tensor:
+    """uint8 (N, H, W, 3) as floats in 0..1, (N, 3, H, W), channels last in memory."""
+    return pixels.permute(0, 3, 1, 2).float().div_(255)
+
+
+def views_of(images: Tensor, ten: bool) -> list[Tensor]:
+    """The central 224 x 224 of (N, 3, 256, 256); ten: the corners, too, and all mirrored (4.1)."""
+    places = ((16, 16), (0, 0), (0, 32), (32, 0), (32, 32))[: 5 if ten else 1]
+    views = [images[:, :, y : y + CROP_SIZE, x : x + CROP_SIZE] for y, x in places]
+    return views + [view.flip(3) for view in views if ten]
+
+
+@torch.inference_mode()
+def predict_probabilities(net: AlexNet, images: Tensor, ten_views: bool) -> Tensor:
+    """Class probabilities of (N, 3, 256, 256), (N, classes): the mean of the views' softmax."""
+    found = []
+    for some in images.split(6 if ten_views else 64):
+        views = views_of(some, ten_views)
+        probabilities = net(torch.cat(views)).float().softmax(1)
+        found.append(probabilities.unflatten(0, (len(views), -1)).mean(0))
+    return torch.cat(found)
+
+
+# ===== Here the network ends. What follows is shared by the scripts: photos, device, files, errors.
+VAL_FOLDERS = ("val", "valid", "validation")  # the names that data sets give it
+# Other programs keep these for themselves; a Mac adds a ._x.jpg to x.jpg.
+PRIVATE = ("._", ".ipynb_checkpoints", ".git", ".Trash", ".thumbnails", ".cache")
+READER = 3  # to be raised when read_square changes, so that train.py decodes anew
+SUFFIXES = "jpg jpeg jpe jfif jfi jif pjpeg png bmp gif tif tiff webp avif ppm pgm".split()
+# Not EPS, for which Pillow would start another program, Ghostscript.
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM", "AVIF")
+
+warnings.filterwarnings("ignore", module="PIL")  # a file is read, or one line says why not
+warnings.filterwarnings("ignore", "Please use the new API settings to control TF32")  # torch 2.9
+
+
+# ----- photos
 def visible_files(folder: Path, above: Iterable[Path] = ()) -> list[Path]:
     """The files below a folder, sorted; links are followed, hidden names left out and told."""
     here, files = folder.resolve(), []
-    above = {*above, here, *here.parents}  # a link to one of them would never end
+    above = {*above, here, *here.parents}  # to follow a link to one of these would never end
     for path in sorted(folder.iterdir()):
         if path.name[0] == ".":
             tell_hidden(path)
@@ -200,16 +247,23 @@ def list_photos(folder: Path, files: list[Path]) -> list[str]:
     """Which of the `files` in `folder` are photos, as CLASS/.../NAME; prints what else is there."""
     photos = [path for path in files if is_picture(path) and path.parent != folder]
     names = [path.relative_to(folder).as_posix() for path in photos]
+
     classes = {name.split("/")[0] for name in names}
     folders = {path.name for path in folder.iterdir() if path.is_dir() and path.name[0] != "."}
-    if empty := sorted(folders - classes):
+    empty = sorted(folders - classes)
+    if empty:
         print(f"no photos in these folders of {folder.name}: {', '.join(empty)}")
-    if others := Counter(x.suffix or x.name for x in set(files).difference(photos)):
+
+    others = Counter(path.suffix or path.name for path in set(files).difference(photos))
+    if others:
         kinds = ", ".join(f"{n} {kind}" for kind, n in others.most_common())
         print(f"skipped, no photos of a class, in {folder.name}: {kinds}")
-    alike = Counter(class_of(label).casefold() for label in classes)
-    if double := sorted(label for label in classes if alike[class_of(label).casefold()] > 1):
-        raise InputError(f"{', '.join(double)}: one name on other machines; rename or join them")
+
+    # Names that differ in case or composition are one folder on Windows or macOS.
+    spellings = Counter(class_of(label).casefold() for label in classes)
+    alike = sorted(x for x in classes if spellings[class_of(x).casefold()] > 1)
+    if alike:
+        raise InputError(f"{', '.join(alike)}: one name on other machines; rename or join them")
     return names
 
 
@@ -225,17 +279,10 @@ def read_image(path: Path) -> Image.Image:
     try:
         with Image.open(path, formats=FORMATS) as image:
             image.load()
-            with contextlib.suppress(Exception):  # the EXIF alone may be broken
+            with contextlib.suppress(Exception):  # where the EXIF alone is broken
                 ImageOps.exif_transpose(image, in_place=True)
-            if image.mode[0] in "FI":  # which convert() clips at 255
-                # No file tells its range: 12 bits of 16, signed, any float.
-                pixels = np.asarray(image, np.float64)
-                low, high = pixels.min(), pixels.max()
-                if not math.isfinite(high - low):
-                    raise ValueError("its pixels are no numbers")
-                warnings.warn("more than 8 bits, scaled from darkest to brightest", stacklevel=1)
-                pixels = (pixels - low) * (255 / max(high - low, 1e-9))
-                image = Image.fromarray(pixels.round().astype(np.uint8))
+            if image.mode[0] in "FI":
+                image = to_8_bits(image)
             if image.has_transparency_data:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -248,6 +295,18 @@ def read_image(path: Path) -> Image.Image:
         raise InputError(f"{path}: {str(error) or type(error).__name__}") from error
 
 
+def to_8_bits(image: Image.Image) -> Image.Image:
+    """Grey of 16 or 32 bits, or of floats, stretched to 0..255; convert() would clip it."""
+    # The file does not state its range: it may be 12 bits of 16, signed, any float.
+    warnings.warn("more than 8 bits, scaled from darkest to brightest", stacklevel=1)
+    pixels = np.asarray(image, np.float64)
+    low, high = pixels.min(), pixels.max()
+    if not math.isfinite(high - low):
+        raise ValueError("its pixels are no numbers")
+    pixels = (pixels - low) * (255 / max(high - low, 1e-9))
+    return Image.fromarray(pixels.round().astype(np.uint8))
+
+
 def read_square(path: Path, size: int = IMAGE_SIZE) -> np.ndarray:
     """The central square of a picture (section 2): uint8 (size, size, 3)."""
     return np.asarray(ImageOps.fit(read_image(path), (size, size), Image.Resampling.BICUBIC))
@@ -257,37 +316,15 @@ def read_squares(files: list[Path], title: str) -> Iterator[tuple[Path, np.ndarr
     """Read photos on all cores, in order; what cannot be read is named on stderr."""
     bar = tqdm(total=len(files), desc=title, leave=False, disable=len(files) < 2 or None)
     with ThreadPoolExecutor(os.cpu_count()) as threads, bar:
-        for start in range(0, len(files), 256):  # at most these wait in memory
-            some = files[start : start + 256]
-            for path, job in [(path, threads.submit(read_square, path)) for path in some]:
+        for start in range(0, len(files), 256):  # so many wait in memory, at most
+            block = files[start : start + 256]
+            jobs = [threads.submit(read_square, path) for path in block]
+            for path, job in zip(block, jobs, strict=True):
                 try:
                     yield path, job.result()
                 except InputError as error:
                     tqdm.write(f"cannot be read: {error}", file=sys.stderr)
                 bar.update()
-
-
-def to_float(pixels: Tensor) -> Tensor:
-    """uint8 (N, H, W, 3) as floats in 0..1, (N, 3, H, W), channels last in memory."""
-    return pixels.permute(0, 3, 1, 2).float().div_(255)
-
-
-def views_of(images: Tensor, ten: bool) -> list[Tensor]:
-    """The central 224 x 224 of (N, 3, 256, 256); ten: the corners, too, and all mirrored (4.1)."""
-    places = ((16, 16), (0, 0), (0, 32), (32, 0), (32, 32))[: 5 if ten else 1]
-    views = [images[:, :, y : y + CROP_SIZE, x : x + CROP_SIZE] for y, x in places]
-    return views + [view.flip(3) for view in views if ten]
-
-
-@torch.inference_mode()
-def predict_probabilities(net: AlexNet, images: Tensor, ten_views: bool) -> Tensor:
-    """Class probabilities of (N, 3, 256, 256), (N, classes): the mean of the views' softmax."""
-    found = []
-    for some in images.split(6 if ten_views else 64):
-        views = views_of(some, ten_views)
-        probabilities = net(torch.cat(views)).float().softmax(1)
-        found.append(probabilities.unflatten(0, (len(views), -1)).mean(0))
-    return torch.cat(found)
 
 
 # ----- device, files, errors
@@ -296,6 +333,7 @@ class InputError(Exception):
 
 
 def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out, of the host or of a device, by whatever type of error."""
     signs = ("out of memory", "ALLOC_FAILED", "can't allocate memory", "not enough memory")
     return isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)
 
@@ -306,12 +344,12 @@ def one_line_errors(out_of_memory: str = "end other programs") -> Iterator[None]
 
     A KeyboardInterrupt may say what is left behind.
     """
-    if isinstance(sys.stdout, io.TextIOWrapper):  # not so in a notebook
-        sys.stdout.reconfigure(errors="backslashreplace")  # for letters the console lacks
+    if isinstance(sys.stdout, io.TextIOWrapper):  # in a notebook it is another type
+        sys.stdout.reconfigure(errors="backslashreplace")  # for letters that the console lacks
     try:
         yield
         sys.stdout.flush()
-    except BrokenPipeError:  # `| head` has seen enough
+    except BrokenPipeError:  # `| head` closed it
         sys.exit(1)
     except (InputError, OSError) as error:
         sys.exit("error: " + " ".join(str(error).split()))  # names may hold line breaks
@@ -325,20 +363,24 @@ def one_line_errors(out_of_memory: str = "end other programs") -> Iterator[None]
 
 
 def pick_device(name: str) -> torch.device:
-    """The device, with its index; "auto": CUDA or MPS where there is one, else the CPU."""
+    """The device, made ready; "auto" is CUDA or MPS where there is one, else the CPU.
+
+    It has its index, as torch.cuda's functions on memory refuse a device without one.
+    """
     if name == "auto":
         name = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     try:
         probe = torch.ones(1, device=name)
-        probe.add_(1).item()  # fails on a card that torch has no code for
+        probe.add_(1).item()  # this fails on a card for which this torch has no code
     except Exception as error:  # of almost any type
         reason = str(error).split("\n")[0]
         raise InputError(f"--device {name}: {reason}; --device cpu works everywhere") from error
     if probe.device.type == "cuda":
-        torch.cuda.set_device(probe.device)  # which autocast asks, whatever the tensors' card
-        torch.backends.cudnn.benchmark = True  # most batches have one shape
+        # autocast asks the current card what it can, whichever card the tensors are on.
+        torch.cuda.set_device(probe.device)
+        torch.backends.cudnn.benchmark = True  # this pays, as most batches have one shape
         torch.set_float32_matmul_precision("high")  # TF32
-    return probe.device  # torch.cuda's functions on memory refuse a device without an index
+    return probe.device
 
 
 def pick_precision(name: str, device: torch.device) -> torch.dtype:
@@ -350,27 +392,29 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
         if major == 7:  # Volta and Turing
             return torch.float16
         return torch.bfloat16 if major >= 8 else torch.float32
-    has = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.10 cannot tell: float32
-    native = device.type == "cpu" and any(map(has.get, ("avx512_bf16", "amx_bf16", "bf16")))
-    return torch.bfloat16 if native else torch.float32
+    if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # not in torch 2.10
+        has = torch.cpu.get_capabilities()
+        if has.get("avx512_bf16") or has.get("amx_bf16") or has.get("bf16"):
+            return torch.bfloat16
+    return torch.float32
 
 
 def pick_layout(device: torch.device) -> torch.memory_format:
-    """The fastest for convolutions; on MPS channels_last is not (pytorch issue 193349)."""
+    """The memory format in which convolutions are fastest (on MPS: pytorch issue 193349)."""
     return torch.contiguous_format if device.type == "mps" else torch.channels_last
 
 
 def keep_large_blocks() -> None:
-    """Have glibc keep the memory of large tensors: mapping it anew is a tenth of a CPU step."""
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
+    """Have glibc keep the memory of large tensors. To map it anew takes a tenth of a CPU's step."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # of other C libraries
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-4, 0)  # M_MMAP_MAX: no block is mapped on its own
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: 2 GB may lie free
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: 2 GB may stay free in the process
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write to, which replaces `path` once it is whole."""
+    """A file to write to, which replaces `path` once it is whole and on the disk."""
     partial = temporary_path(path)
     try:
         with open(partial, "wb") as file:
@@ -378,7 +422,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         replace_file(partial, path)
-    except (OSError, RuntimeError) as error:  # torch.save hides the former behind the latter
+    except (OSError, RuntimeError) as error:  # torch.save turns an OSError into a RuntimeError
         if is_out_of_memory(error):
             raise
         raise OSError(f"{path} cannot be written: {error.__context__ or error}") from error
@@ -387,7 +431,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def replace_file(partial: Path, path: Path) -> None:
-    """os.replace, which Windows refuses while a scanner or another program holds the file."""
+    """os.replace, tried for 5 s: Windows refuses it while a scanner holds either file."""
     for _ in range(10):
         with contextlib.suppress(PermissionError):
             return os.replace(partial, path)
@@ -396,7 +440,7 @@ def replace_file(partial: Path, path: Path) -> None:
 
 
 def temporary_path(path: Path) -> Path:
-    """A new name beside `path`; removes what killed programs left a day ago."""
+    """A new name beside `path`; removes what killed programs left there a day ago or earlier."""
     for old in path.parent.glob(f"{glob.escape(path.name)}.{'[0-9a-f]' * 8}.tmp"):
         with contextlib.suppress(OSError):
             if old.stat().st_mtime < time.time() - 86_400:
@@ -421,11 +465,12 @@ def load_network(path: Path) -> AlexNet:
     """The network of AlexNet.pth, on the CPU, in eval mode."""
     state = load_tensors(path)
     try:
-        classes, groups = len(state["classifier.6.bias"]), 96 // state["features.5.weight"].shape[1]
-        with torch.device("meta"):  # draws no weights
-            net = AlexNet(classes, groups)
+        num_classes = len(state["classifier.6.bias"])
+        groups = 96 // state["features.5.weight"].shape[1]
+        with torch.device("meta"):  # so that no weights are drawn, only to be replaced
+            net = AlexNet(num_classes, groups)
         net.load_state_dict(state, assign=True)
-    except Exception as error:  # whatever such a file may hold
+    except Exception as error:  # a foreign file may raise any type
         raise InputError(f"{path} is no AlexNet.pth of train.py") from error
     return net.float().eval()
 
@@ -438,7 +483,38 @@ def load_classes(weights: Path, net: AlexNet) -> list[str]:
         names = [str(index[str(i)]) for i in range(len(index))]
         classes = [unicodedata.normalize("NFC", name) for name in names]  # as class_of does
     except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
-        classes = []
+        classes = []  # it is missing, or no such file
     if len(classes) != n:
         raise InputError(f"{path} does not name the {n} classes of {weights}; restore train.py's")
     return classes
+
+
+# ----- python alexnet.py
+def main(argv: list[str] | None = None) -> int:
+    """Print each layer with its output, its parameters and its multiply-adds for one image."""
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("--classes", type=int, default=1000, help="(default: 1000)")
+    groups = "2: divided for two GPUs as in the paper; 1: not (default: 2)"
+    parser.add_argument("--groups", type=int, choices=(1, 2), default=2, help=groups)
+    args = parser.parse_args(argv)
+    if args.classes < 1:
+        parser.error("--classes must be at least 1")
+
+    with torch.device("meta"):  # which knows shapes, and computes nothing
+        net = AlexNet(args.classes, args.groups).eval()
+        x = torch.empty(1, 3, CROP_SIZE, CROP_SIZE)
+    parameters, products = [], []
+    print(f"{'output':>13} {'parameters':>12} {'multiply-adds':>14}  layer")
+    for layer in [*net.features, nn.Flatten(), *net.classifier]:
+        x = layer(x)
+        parameters.append(sum(p.numel() for p in layer.parameters()))
+        # Each weight is used once at each place of the output.
+        products.append(layer.weight.numel() * x[0, 0].numel() if parameters[-1] else 0)
+        shape = " x ".join(map(str, x.shape[1:]))
+        print(f"{shape:>13} {parameters[-1]:12,} {products[-1]:14,}  {layer}")
+    print(f"{'':13} {sum(parameters):12,} {sum(products):14,}  in all")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

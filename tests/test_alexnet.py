@@ -25,10 +25,18 @@ from alexnet import AlexNet, InputError, LocalResponseNorm, read_image
 
 
 @pytest.mark.parametrize("groups, parameters", [(2, 60_965_224), (1, 62_378_344)])
-def test_the_numbers_of_parameters(groups, parameters):
-    with torch.device("meta"):  # shapes alone
-        net = AlexNet(groups=groups)
-    assert sum(p.numel() for p in net.parameters()) == parameters
+def test_the_table_of_layers_counts_parameters_and_products(capsys, groups, parameters):
+    assert alexnet.main(["--groups", str(groups)]) == 0
+    _, *rows, total = (line.split() for line in capsys.readouterr().out.splitlines())
+    assert rows[2][:7] == ["96", "x", "55", "x", "55", "0", "0"]
+    # Section 3.5: the values of each layer, and what each of them sees.
+    sees = [11 * 11 * 3, 5 * 5 * 96 // groups, 9 * 256, 9 * 384 // groups, 9 * 384 // groups]
+    values = [55 * 55 * 96, 27 * 27 * 256, 13 * 13 * 384, 13 * 13 * 384, 13 * 13 * 256]
+    products = [n * k for n, k in zip(values, sees, strict=True)]
+    products += [256 * 6 * 6 * 4096, 4096 * 4096, 4096 * 1000]
+    assert total[:2] == [f"{parameters:,}", f"{sum(products):,}"]
+    with pytest.raises(SystemExit):
+        alexnet.main(["--classes", "0"])
 
 
 @pytest.mark.parametrize("groups", [1, 2])
