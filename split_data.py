@@ -22,6 +22,7 @@ from collections.abc import Iterable
 from http.client import HTTPException
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import torch.hub
 from tqdm import tqdm
@@ -41,16 +42,49 @@ def main(argv: list[str] | None = None) -> int:
         check_places(args.source, args.output)
         if args.source == ARCHIVE and not ARCHIVE.exists():
             download()
-        output = args.output.resolve()  # a link to a folder stays one
+
+        # The split is built beside the output, and becomes the output by one renaming. Resolved,
+        # so that of a link the target is replaced and not the link.
+        output = args.output.resolve()
         output.parent.mkdir(parents=True, exist_ok=True)
-        scratch = alexnet.temporary_path(output)  # beside it: one rename makes it the output
+        scratch = alexnet.temporary_path(output)
         scratch.mkdir()
         try:
-            split(args, scratch)
+            split(args, scratch, output)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
         print(f"the split is in {args.output}; now run `python train.py --data {args.output}`")
     return 0
+
+
+def split(args: Namespace, scratch: Path, output: Path) -> None:
+    """Find the photos, check them, draw their sides, and copy them there."""
+    folder = shown = args.source
+    if not folder.is_dir():
+        folder = unpack(args.source, scratch / "photos")
+        shown = args.source.with_suffix("")  # where the user would unpack it
+    files = alexnet.visible_files(folder)
+    source = find_classes(folder, filter(alexnet.is_picture, files))
+    shown /= source.relative_to(folder)
+    if source != folder and shown.exists():  # of an archive this is no surprise
+        print(f"the classes are the folders in {shown}")
+
+    photos = alexnet.list_photos(source, [path for path in files if source in path.parents])
+    check_classes(photos, shown)
+    digests = check_photos(source, photos)
+
+    rates = {"val": args.val_rate, "test": args.test_rate}
+    side_of = assign_sides(digests, {x: rate for x, rate in rates.items() if rate}, args.seed)
+    print_counts(side_of)
+
+    record = {"seed": args.seed, "val_rate": args.val_rate, "test_rate": args.test_rate}
+    record["files"] = {f"{side}/{name}": digests[name] for name, side in side_of.items()}
+    if not is_there(args.output, record):
+        copy_photos(source, side_of, scratch / "split")
+        (scratch / "split" / "split.json").write_bytes(as_json(record))
+        if output.exists():
+            output.rmdir()  # it is empty, and Windows would not replace it
+        os.rename(scratch / "split", output)
 
 
 def check_places(source: Path, output: Path) -> None:
@@ -59,7 +93,7 @@ def check_places(source: Path, output: Path) -> None:
         raise InputError(f"--source {source} does not exist")
     if output.resolve().is_relative_to(source.resolve()):
         raise InputError(f"--output {output} lies in --source {source}; give one outside")
-    if os.path.ismount(output):  # nothing can be renamed to it
+    if os.path.ismount(output):  # os.rename cannot replace it
         raise InputError(f"--output {output} is a mount point; give a folder in it")
     taken = os.listdir(output) if output.is_dir() else os.path.lexists(output)
     if taken and not (output / "split.json").is_file():
@@ -76,57 +110,8 @@ def download() -> None:
         raise InputError(f"the download failed or was cut ({error}); {way}") from error
 
 
-def split(args: Namespace, scratch: Path) -> None:
-    top = place = args.source
-    if not top.is_dir():
-        top, place = unpack(top, scratch / "photos"), top.with_suffix("")
-    files = alexnet.visible_files(top)
-    source = find_classes(top, filter(alexnet.is_picture, files))
-    place /= source.relative_to(top)  # where the user has it, or would unpack it
-    if source != top and place.exists():  # of an archive that is no surprise
-        print(f"the classes are the folders in {place}")
-    photos = alexnet.list_photos(source, [path for path in files if source in path.parents])
-    check_classes(photos, place)
-    digests = check_photos(source, photos)
-    rates = {"val": args.val_rate} | ({"test": args.test_rate} if args.test_rate else {})
-    sides = assign_sides(digests, rates, args.seed)
-    print_counts(sides)
-    record = {name: getattr(args, name) for name in ("seed", "val_rate", "test_rate")}
-    record["files"] = {f"{side}/{name}": digests[name] for name, side in sides.items()}
-    text = json.dumps(record, indent=1).encode()
-    if (args.output / "split.json").exists():
-        same = (args.output / "split.json").read_bytes() == text
-        if not same or not all((args.output / name).is_file() for name in record["files"]):
-            why = "of other photos, by other options, or not whole; give another --output"
-            raise InputError(f"{args.output} holds another split, {why}, or remove it")
-        return  # all is there
-    for name, side in tqdm(sides.items(), desc="copying", unit="photo", disable=None):
-        target = scratch / "split" / side / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source / name, target)
-    (scratch / "split" / "split.json").write_bytes(text)
-    output = args.output.resolve()
-    if output.exists():
-        output.rmdir()  # it is empty; Windows would not replace it
-    os.rename(scratch / "split", output)
-
-
-def find_classes(folder: Path, pictures: Iterable[Path]) -> Path:
-    """The folder of the class folders: the one given, or the only one deeper in it."""
-    places = [path.relative_to(folder).parts[:-1] for path in pictures]
-    while True:
-        inner = {place[0] for place in places if place}
-        # A single folder is no class if its pictures lie in folders of its own.
-        if len(inner) != 1 or max(map(len, places)) < 2:
-            return folder
-        if loose := places.count(()):
-            print(f"skipped, in no folder of a class: {loose} photos in {folder.name}")
-        places = [place[1:] for place in places if place]
-        folder /= inner.pop()
-
-
 def unpack(archive: Path, folder: Path) -> Path:
-    """Unpack a .tgz, .tar or .zip into the new `folder`; return that."""
+    """Unpack a .tgz, .tar or .zip into the new `folder`; returns that."""
     folder.mkdir()
     try:
         if archive.suffix == ".zip":
@@ -149,27 +134,47 @@ def unpack_zip(archive: Path, folder: Path) -> None:
         raise ValueError(f"{lost} of its files have the names of others")
 
 
-def check_classes(photos: list[str], root: Path) -> None:
+def find_classes(folder: Path, pictures: Iterable[Path]) -> Path:
+    """The folder of the class folders: the one given, or the only one deeper in it."""
+    places = [path.relative_to(folder).parts[:-1] for path in pictures]
+    while True:
+        inner = {place[0] for place in places if place}
+        # A single folder is no class if its pictures lie in folders of its own.
+        if len(inner) != 1 or max(map(len, places)) < 2:
+            return folder
+        loose = places.count(())
+        if loose:
+            print(f"skipped, in no folder of a class: {loose} photos in {folder.name}")
+        places = [place[1:] for place in places if place]
+        folder /= inner.pop()
+
+
+def check_classes(photos: list[str], folder: Path) -> None:
     """Refuse what is split already, what holds a copy of itself, and a single class."""
-    inner: dict[str, set[str]] = {}  # {class: folders in it}
-    for label, *rest in (name.split("/") for name in photos):
-        inner.setdefault(label, set()).update(rest[:-1][:1])
-    kinds = {label.lower(): label for label in inner}
-    train = kinds.get("train") or kinds.get("training")
-    held_out = [kinds[x] for x in (*alexnet.VAL_FOLDERS, "test", "testing") if x in kinds]
+    folders_in: dict[str, set[str]] = {}  # of each class
+    for name in photos:
+        label, *rest = name.split("/")
+        folders_in.setdefault(label, set()).update(rest[:-1][:1])
+
+    names = {label.lower(): label for label in folders_in}
+    train = names.get("train") or names.get("training")
+    held_out = [names[x] for x in (*alexnet.VAL_FOLDERS, "test", "testing") if x in names]
     if train and held_out:
-        way = f"`--source {root / train}` splits that, predict.py tests on {held_out[0]}"
+        unpack_it = "" if folder.exists() else "unpack it, "
+        way = f"`--source {folder / train}` splits that, predict.py tests on {held_out[0]}"
         if train == "train" and held_out[0] in alexnet.VAL_FOLDERS:
-            way = f"`python train.py --data {root}` takes it as it is"
-        unpack = "" if root.exists() else "unpack it, "
-        raise InputError(f"{root} is split already: {unpack}{way}")
-    for label, folders in inner.items():
-        if len(folders & inner.keys()) > 1:
+            way = f"`python train.py --data {folder}` takes it as it is"
+        raise InputError(f"{folder} is split already: {unpack_it}{way}")
+
+    for label, folders in folders_in.items():
+        if len(folders & folders_in.keys()) > 1:
             way = "remove it, or give it as --source"
-            raise InputError(f"{root / label} seems to be a copy of all classes: {way}")
-    if len(inner) < 2:
-        way = "at least 2 are needed: a folder a class, with .jpg, .png or other photos"
-        raise InputError(f"{root} has photos of {len(inner)} classes, and {way}")
+            raise InputError(f"{folder / label} seems to be a copy of all classes: {way}")
+
+    if len(folders_in) < 2:
+        found = f"{folder} has photos of {len(folders_in)} classes"
+        way = "at least 2 are needed: one folder per class, with .jpg, .png or other photos"
+        raise InputError(f"{found}, and {way}")
 
 
 def check_photos(source: Path, photos: list[str]) -> dict[str, str]:
@@ -177,42 +182,76 @@ def check_photos(source: Path, photos: list[str]) -> dict[str, str]:
     digests, first = {}, {}  # {photo: digest}, {digest: its first photo}
     for path, _ in alexnet.read_squares([source / name for name in photos], "checking"):
         name = path.relative_to(source).as_posix()
-        digests[name] = digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        digests[name] = digest
         original = first.setdefault(digest, name)
         if class_of(original) != class_of(name):
             print(f"conflict, one photo under two classes: {original} = {name}")
         elif original != name:
             print(f"the same photo twice, kept on one side: {original} = {name}")
-    if lost := {*map(class_of, photos)}.difference(map(class_of, digests)):
-        raise InputError(f"no photo can be read of {', '.join(sorted(lost))}; remove these folders")
+    unreadable = {*map(class_of, photos)}.difference(map(class_of, digests))
+    if unreadable:
+        names = ", ".join(sorted(unreadable))
+        raise InputError(f"no photo can be read of {names}; remove these folders")
     return digests
 
 
 def assign_sides(digests: dict[str, str], rates: dict[str, float], seed: int) -> dict[str, str]:
     """{photo: side}, with a share of every class on each side; copies of a photo stay together."""
-    rng, side_of, too_few = random.Random(seed), {}, []
+    rng = random.Random(seed)
+    side_of: dict[str, str] = {}  # by digest
+    too_few = []
     for label, names in groupby(digests, class_of):  # names are sorted
         different = list(dict.fromkeys(digests[name] for name in names))
-        # A photo of two classes may have its side already.
-        drawn = [d for d in rng.sample(different, len(different)) if d not in side_of]
+        shuffled = rng.sample(different, len(different))
+        # A photo that is under two classes may have its side already.
+        drawn = [digest for digest in shuffled if digest not in side_of]
         sides = []
         for side, rate in rates.items():
-            sides += [side] * max(1, int(len(different) * rate + 1e-9))  # 0.29 * 100 is 28.99...
+            # 0.29 * 100 is 28.999999999999996, which is meant to be 29.
+            sides += [side] * max(1, int(len(different) * rate + 1e-9))
         if len(drawn) <= len(sides):
             too_few.append(f"{label} ({len(drawn)})")
         sides += ["train"] * len(drawn)
-        side_of |= zip(drawn, sides, strict=False)
+        side_of.update(zip(drawn, sides, strict=False))
     if too_few:
+        found = f"too few different photos for every side: {', '.join(too_few)}"
         way = "add photos, remove these folders, or change --val-rate and --test-rate"
-        raise InputError(f"too few different photos for every side: {', '.join(too_few)}; {way}")
+        raise InputError(f"{found}; {way}")
     return {name: side_of[digest] for name, digest in digests.items()}
 
 
-def print_counts(sides: dict[str, str]) -> None:
-    rows = [(label, [sides[name] for name in names]) for label, names in groupby(sides, class_of)]
-    for label, drawn in [*rows, ("total", list(sides.values()))]:
-        counts = [f"{drawn.count(side):8,} {side}" for side in ("train", "val", "test")]
+def print_counts(side_of: dict[str, str]) -> None:
+    """How many photos of each class lie on each side."""
+    rows = [(label, [side_of[x] for x in names]) for label, names in groupby(side_of, class_of)]
+    rows.append(("total", list(side_of.values())))
+    for label, sides in rows:
+        counts = [f"{sides.count(side):8,} {side}" for side in ("train", "val", "test")]
         print(*counts, f" {label}")
+
+
+def is_there(output: Path, record: dict[str, Any]) -> bool:
+    """Whether the output is this very split; raises InputError if it is another."""
+    path = output / "split.json"
+    if not path.exists():
+        return False
+    whole = all((output / name).is_file() for name in record["files"])
+    if path.read_bytes() != as_json(record) or not whole:
+        why = "of other photos, by other options, or not whole; give another --output"
+        raise InputError(f"{output} holds another split, {why}, or remove it")
+    return True
+
+
+def as_json(record: dict[str, Any]) -> bytes:
+    return json.dumps(record, indent=1).encode()
+
+
+def copy_photos(source: Path, side_of: dict[str, str], folder: Path) -> None:
+    """Copy the photos to folder/SIDE/CLASS/.../NAME."""
+    for name, side in tqdm(side_of.items(), desc="copying", unit="photo", disable=None):
+        target = folder / side / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / name, target)
 
 
 def parse_args(argv: list[str] | None) -> Namespace:
