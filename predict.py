@@ -20,7 +20,7 @@ import sys
 import warnings
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,22 +28,25 @@ import matplotlib
 import numpy as np
 import torch
 from matplotlib import pyplot
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
 import alexnet
 from alexnet import AlexNet, InputError, image_files
 
-NEAREST = 6  # training photos that --similar finds
-MOST_DRAWN = 24  # photos in a figure
-FIGURE = Path("prediction.png")  # where neither a display nor --save is
+NEAREST = 6  # training photos that --similar finds for each
+MOST_DRAWN = 24  # photos in a figure, at most
+FIGURE = Path("prediction.png")  # without a display and without --save
 CONFUSION = Path("confusion_matrix.png")
 
 # Fonts, where installed, for letters that matplotlib's own lacks.
 CJK = ("Noto Sans CJK SC", "Microsoft YaHei", "PingFang SC", "Hiragino Sans", "Malgun Gothic")
-matplotlib.rcParams |= {"font.family": ["sans-serif", *CJK], "text.parse_math": False}
+matplotlib.rcParams["font.family"] = ["sans-serif", *CJK]
+matplotlib.rcParams["text.parse_math"] = False  # a $ in a name is a $
+# A notebook hands its own backend down to what it starts, where that may be missing.
 if "IPython" not in sys.modules and os.environ.get("MPLBACKEND", "").startswith("module:"):
-    matplotlib.use("agg")  # a notebook's own, inherited, may be missing here
+    matplotlib.use("agg")
 logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", "Glyph .* missing from")
 
@@ -59,59 +62,61 @@ def main(argv: list[str] | None = None) -> int:
         net = alexnet.load_network(args.weights)
         classes = alexnet.load_classes(args.weights, net)
         net.to(device, memory_format=alexnet.pick_layout(device))
+
         files = [file for path in args.photos for file in files_of(path)]
         training = files_of(args.similar) if args.similar else []
-        if args.similar and not args.similar.is_dir():
-            raise InputError(f"--similar {args.similar} is no folder")
-        any_folder = any(path.is_dir() for path in args.photos)
-        if not args.json:
-            figures = [args.save or FIGURE] if args.save or not any_folder else []
-            figures += [CONFUSION] if any_folder else []
-            check_figures(figures, [*files, *training, args.weights])
-        views = args.views or ("center" if any_folder else "ten")
-        found = predict(net, classes, files, views == "ten", args.top_k)
-        if training:
-            found = find_similar(net, list(found), training)
-        answers = []
-        for answer in found:
-            answers.append(answer)
-            if args.json:
-                print(json.dumps(answer), flush=True)
-        answers.sort(key=doubt)
-        if answers and not args.json:
-            print_answers(answers, len(classes))
-            if args.save or not any_folder:
-                show(draw_answers(answers[:MOST_DRAWN]), args.save)
-            if any_folder and any("true_class" in answer for answer in answers):
-                show(draw_confusion(answers, classes), CONFUSION)
-        return int(len(answers) < len(files))
+        check_figures(args, [*files, *training, args.weights])
+
+        answers = predict(net, classes, files, args.views == "ten", args.top_k)
+        if args.similar:
+            answers = find_similar(net, list(answers), training)
+        if args.json:
+            n_answers = print_json(answers)
+        else:
+            n_answers = show_answers(args, answers, classes)
+        return int(n_answers < len(files))  # 1, if a file could not be read
 
 
+# ----- the files
 def files_of(path: Path) -> list[Path]:
-    """The file, the pictures in a folder, or those of a pattern, which Windows leaves to us."""
+    """The pictures in a folder, the file, or those of a pattern, which Windows leaves to us."""
     if path.is_dir():
-        if not (files := image_files(path)):
+        files = image_files(path)
+        if not files:
             raise InputError(f"there are no pictures in the folder {path}")
         return files
-    return [path] if path.exists() else sorted(map(Path, glob.glob(str(path)))) or [path]
+    if path.exists():
+        return [path]
+    matches = sorted(map(Path, glob.glob(str(path))))
+    return matches or [path]  # a file that is missing is named when it is read
 
 
-def check_figures(figures: list[Path], read: list[Path]) -> None:
+def check_figures(args: Namespace, read: list[Path]) -> None:
     """Refuse to write a figure over a file that is read, however it is spelled."""
+    figures = [] if args.json else figures_of(args)
     for figure in filter(Path.exists, figures):
         if any(path.exists() and path.samefile(figure) for path in read):
             way = "give another name by --save, or start this in another folder"
             raise InputError(f"the figure {figure} would replace a file that is read: {way}")
 
 
+def figures_of(args: Namespace) -> list[Path]:
+    """The files that figures may be written to."""
+    if not args.any_folder:
+        return [args.save or FIGURE]
+    return [CONFUSION, args.save] if args.save else [CONFUSION]
+
+
 def read_batches(files: list[Path], net: AlexNet) -> Iterator[tuple[list[Path], Tensor]]:
     """Paths and images (n, 3, 256, 256), n up to 64, of the files that can be read."""
     photos = alexnet.read_squares(files, "reading")
     while batch := list(itertools.islice(photos, 64)):
-        paths, pixels = zip(*batch, strict=True)
-        yield list(paths), alexnet.to_float(torch.from_numpy(np.stack(pixels)).to(net.mean.device))
+        paths, squares = zip(*batch, strict=True)
+        pixels = torch.from_numpy(np.stack(squares)).to(net.mean.device)
+        yield list(paths), alexnet.to_float(pixels)
 
 
+# ----- the answers
 def predict(
     net: AlexNet, classes: list[str], files: list[Path], ten_views: bool, top_k: int
 ) -> Iterator[Answer]:
@@ -119,71 +124,133 @@ def predict(
     for paths, images in read_batches(files, net):
         probabilities = alexnet.predict_probabilities(net, images, ten_views)
         best = probabilities.cpu().topk(min(top_k, len(classes)))
-        for path, indices, values in zip(paths, best.indices, best.values, strict=True):
+        values, indices = best.values.tolist(), best.indices.tolist()
+        for number, path in enumerate(paths):
             top = [
                 {"class": classes[i], "probability": round(p, 6)}
-                for i, p in zip(indices, values.tolist(), strict=True)
+                for i, p in zip(indices[number], values[number], strict=True)
             ]
             answer = {"path": str(path), **top[0], "top": top}
-            folders = (alexnet.class_of(folder.name) for folder in path.absolute().parents)
-            if true_class := next((name for name in folders if name in classes), None):
+            if true_class := true_class_of(path, classes):
                 answer["true_class"] = true_class
             yield answer
+
+
+def true_class_of(path: Path, classes: list[str]) -> str | None:
+    """The innermost folder of a photo that is named like a class."""
+    folders = (alexnet.class_of(folder.name) for folder in path.absolute().parents)
+    return next((name for name in folders if name in classes), None)
 
 
 @torch.inference_mode()
 def find_similar(net: AlexNet, answers: list[Answer], training: list[Path]) -> list[Answer]:
     """Add the NEAREST training photos by their last hidden activations (section 6.1)."""
-    asked, found = [Path(answer["path"]) for answer in answers], []
-    queries = [net.hidden(*alexnet.views_of(x, ten=False)) for _, x in read_batches(asked, net)]
-    for paths, images in read_batches(training if asked else [], net):
-        activations = net.hidden(*alexnet.views_of(images, ten=False))
-        # Not by a matrix product, which loses small distances.
+    if not answers:
+        return []
+    asked = [Path(answer["path"]) for answer in answers]
+    queries = torch.cat([hidden_of(net, images) for _, images in read_batches(asked, net)])
+
+    # (distance, path) of the nearest so far to each photo; one more, as it may be among them.
+    found: list[list[tuple[float, Path]]] = [[] for _ in answers]
+    for paths, images in read_batches(training, net):
+        # Not by a matrix product, which would lose small distances.
         mode = "donot_use_mm_for_euclid_dist"
-        distances = torch.cdist(activations, torch.cat(queries), compute_mode=mode).tolist()
-        found += zip(paths, distances, strict=True)
-    # `found`: (path, its distances to all that was asked).
-    for number, answer in enumerate(answers):
-        nearest = sorted(found, key=lambda item: item[1][number])[: NEAREST + 1]
-        others = [(p, d[number]) for p, d in nearest if not p.samefile(answer["path"])][:NEAREST]
-        answer["similar"] = [{"path": str(path), "distance": round(d, 4)} for path, d in others]
+        distances = torch.cdist(queries, hidden_of(net, images), compute_mode=mode).tolist()
+        for nearest, row in zip(found, distances, strict=True):
+            nearest += zip(row, paths, strict=True)
+            nearest.sort(key=lambda item: item[0])
+            del nearest[NEAREST + 1 :]
+
+    for answer, path, nearest in zip(answers, asked, found, strict=True):
+        others = [item for item in nearest if not item[1].samefile(path)][:NEAREST]
+        answer["similar"] = [{"path": str(p), "distance": round(d, 4)} for d, p in others]
     return answers
 
 
+def hidden_of(net: AlexNet, images: Tensor) -> Tensor:
+    """The last hidden activations by the central view, (N, 4096)."""
+    (view,) = alexnet.views_of(images, ten=False)
+    return net.hidden(view)
+
+
 # ----- on the screen
+def print_json(answers: Iterable[Answer]) -> int:
+    """Print each answer as soon as it is there; returns their number."""
+    n_answers = 0
+    for answer in answers:
+        print(json.dumps(answer), flush=True)
+        n_answers += 1
+    return n_answers
+
+
+def show_answers(args: Namespace, answers: Iterable[Answer], classes: list[str]) -> int:
+    """Print and draw all answers, the most doubtful first; returns their number."""
+    answers = sorted(answers, key=doubt)
+    known = [answer for answer in answers if "true_class" in answer]
+    if len(answers) == 1:
+        print_one(answers[0])
+    else:
+        print_table(answers)
+    if known and len(answers) > 1:
+        print_scores(known, len(classes))
+
+    if answers and (args.save or not args.any_folder):
+        show(draw_answers(answers[:MOST_DRAWN]), args.save)
+    if known and args.any_folder:
+        show(draw_confusion(known, classes), CONFUSION)
+    return len(answers)
+
+
 def is_wrong(answer: Answer) -> bool:
     return answer.get("true_class", answer["class"]) != answer["class"]
 
 
 def doubt(answer: Answer) -> tuple[bool, float]:
     """Sorts the surest wrong answers first, then the least sure of the others."""
-    return (False, -answer["probability"]) if is_wrong(answer) else (True, answer["probability"])
+    if is_wrong(answer):
+        return False, -answer["probability"]
+    return True, answer["probability"]
 
 
-def print_answers(answers: list[Answer], n_classes: int) -> None:
-    """Of one photo its likeliest classes; of several a table, and the accuracy if known."""
+def print_one(answer: Answer) -> None:
+    """The likeliest classes of one photo."""
+    print(f"class: {answer['class']}, probability: {answer['probability']:.3f}")
+    for other in answer["top"][1:]:
+        print(f"       {other['probability']:.3f}  {other['class']}")
+    print_similar(answer)
+
+
+def print_table(answers: list[Answer]) -> None:
+    """A line for each photo."""
     for answer in answers:
-        if len(answers) == 1:
-            print(f"class: {answer['class']}, probability: {answer['probability']:.3f}")
-            for other in answer["top"][1:]:
-                print(f"       {other['probability']:.3f}  {other['class']}")
-        else:
-            note = f"  (the folder says {answer['true_class']})" if is_wrong(answer) else ""
-            print(f"{answer['probability']:.3f}  {answer['class']}  {answer['path']}{note}")
-        for similar in answer.get("similar", ()):
-            print(f"       like it, at {similar['distance']:.2f}: {similar['path']}")
-    known = [answer for answer in answers if "true_class" in answer]
-    if len(answers) > 1 and known:
-        totals = Counter(answer["true_class"] for answer in known)
-        right = Counter(answer["true_class"] for answer in known if not is_wrong(answer))
-        for label in sorted(totals):
-            print(f"{right[label] / totals[label]:.4f}  {label}: {right[label]} of {totals[label]}")
-        mean = sum(right[label] / totals[label] for label in totals) / len(totals)
-        print(f"{mean:.4f}  mean over the classes")
-        if n_classes > 5 <= len(known[0]["top"]):  # the paper's measure
-            among = [a["true_class"] in [guess["class"] for guess in a["top"][:5]] for a in known]
-            print(f"{sum(among) / len(known):.4f}  top-5 accuracy")
-        print(f"{right.total() / len(known):.4f}  accuracy: {right.total()} of {len(known)}")
+        note = f"  (the folder says {answer['true_class']})" if is_wrong(answer) else ""
+        print(f"{answer['probability']:.3f}  {answer['class']}  {answer['path']}{note}")
+        print_similar(answer)
+
+
+def print_similar(answer: Answer) -> None:
+    for similar in answer.get("similar", ()):
+        print(f"       like it, at {similar['distance']:.2f}: {similar['path']}")
+
+
+def print_scores(known: list[Answer], n_classes: int) -> None:
+    """The accuracy by class, its mean over the classes, top-5, and over all photos."""
+    totals = Counter(answer["true_class"] for answer in known)
+    right = Counter(answer["true_class"] for answer in known if not is_wrong(answer))
+    for label, total in sorted(totals.items()):
+        print(f"{right[label] / total:.4f}  {label}: {right[label]} of {total}")
+    shares = [right[label] / total for label, total in totals.items()]
+    print(f"{sum(shares) / len(shares):.4f}  mean over the classes")
+
+    # The paper's measure; it needs five answers a photo, which --top-k may not leave.
+    if n_classes > 5 and len(known[0]["top"]) >= 5:
+        hits = 0
+        for answer in known:
+            names = [guess["class"] for guess in answer["top"][:5]]
+            hits += answer["true_class"] in names
+        print(f"{hits / len(known):.4f}  top-5 accuracy")
+    n_right = right.total()
+    print(f"{n_right / len(known):.4f}  accuracy: {n_right} of {len(known)}")
 
 
 # ----- figures
@@ -201,34 +268,45 @@ def show(figure: Figure, save: Path | None) -> None:
 
 def draw_answers(answers: list[Answer]) -> Figure:
     """Photos beside their likeliest classes and what is similar (the paper's figure 4)."""
+    # One answer a row where there are similar photos, else up to three.
     n_similar = max(len(answer.get("similar", ())) for answer in answers)
     columns = 1 if n_similar else min(3, math.ceil(len(answers) ** 0.5))
     rows = math.ceil(len(answers) / columns)
-    widths = [1, 1.25, *[1] * n_similar] * columns
-    figure = pyplot.figure(figsize=(max(2.2 * sum(widths), 7), 2.4 * rows), layout="constrained")
+    widths = [1, 1.25, *[1] * n_similar] * columns  # photo, bars, similar photos
+    size = max(2.2 * sum(widths), 7), 2.4 * rows  # inches
+    figure = pyplot.figure(figsize=size, layout="constrained")
     axes = figure.subplots(rows, len(widths), squeeze=False, width_ratios=widths)
-    places = axes.reshape(rows * columns, -1)  # one for each answer
     for axis in axes.flat:
         axis.set_axis_off()
+    places = axes.reshape(rows * columns, -1)  # a row of them for each answer
     for answer, (photo, bars, *others) in zip(answers, places, strict=False):
-        for axis, item in zip([photo, *others], [answer, *answer.get("similar", ())], strict=False):
-            path = Path(item["path"])
-            title = short(path.name)
-            if "distance" in item:
-                title = f"{short(path.parent.name)}\nat {item['distance']:.2f}"
-            axis.imshow(alexnet.read_square(path, 400))
-            axis.set_title(title, fontsize=9)
-        true_class = answer.get("true_class")
-        for row, guess in enumerate(answer["top"][:5]):
-            color = "#98d594" if guess["class"] == true_class else "#a6cbe8"
-            bars.barh(row, guess["probability"], color=color)
-            text = f"{guess['probability']:.3f}  {short(guess['class'])}"
-            bars.text(0.02, row, text, va="center", fontsize=9)
-        bars.set(xlim=(0, 1), ylim=(4.6, -0.6))
-        if true_class:
-            color = "tab:red" if is_wrong(answer) else "tab:green"
-            bars.set_title(f"the folder says {short(true_class)}", fontsize=9, color=color)
+        path = Path(answer["path"])
+        draw_photo(photo, path, short(path.name))
+        draw_bars(bars, answer)
+        for axis, similar in zip(others, answer.get("similar", ()), strict=False):
+            path = Path(similar["path"])
+            title = f"{short(path.parent.name)}\nat {similar['distance']:.2f}"
+            draw_photo(axis, path, title)
     return figure
+
+
+def draw_photo(axis: Axes, path: Path, title: str) -> None:
+    axis.imshow(alexnet.read_square(path, 400))
+    axis.set_title(title, fontsize=9)
+
+
+def draw_bars(axis: Axes, answer: Answer) -> None:
+    """The likeliest classes; the true one, where it is known, is green."""
+    true_class = answer.get("true_class")
+    for row, guess in enumerate(answer["top"][:5]):
+        color = "#98d594" if guess["class"] == true_class else "#a6cbe8"
+        axis.barh(row, guess["probability"], color=color)
+        text = f"{guess['probability']:.3f}  {short(guess['class'])}"
+        axis.text(0.02, row, text, va="center", fontsize=9)
+    axis.set(xlim=(0, 1), ylim=(4.6, -0.6))
+    if true_class:
+        color = "tab:red" if is_wrong(answer) else "tab:green"
+        axis.set_title(f"the folder says {short(true_class)}", fontsize=9, color=color)
 
 
 def short(name: str) -> str:
@@ -237,12 +315,12 @@ def short(name: str) -> str:
     return name if len(name) <= 24 else f"{name[:12]}…{name[-11:]}"
 
 
-def draw_confusion(answers: list[Answer], classes: list[str]) -> Figure:
-    """How often which class (row) was taken for which (column), coloured by share."""
-    counts = np.zeros([len(classes)] * 2, int)
-    for answer in answers:
-        if "true_class" in answer:
-            counts[classes.index(answer["true_class"]), classes.index(answer["class"])] += 1
+def draw_confusion(known: list[Answer], classes: list[str]) -> Figure:
+    """How often which true class (row) got which answer (column), coloured by share."""
+    counts = np.zeros((len(classes), len(classes)), int)
+    for answer in known:
+        row, column = classes.index(answer["true_class"]), classes.index(answer["class"])
+        counts[row, column] += 1
     totals, right = counts.sum(1), np.trace(counts)
     side = min(0.5 * len(classes), 40)  # inches
     figure, axis = pyplot.subplots(figsize=(side + 3.5, side + 2.5), layout="constrained")
@@ -252,9 +330,11 @@ def draw_confusion(answers: list[Answer], classes: list[str]) -> Figure:
         color = "white" if shares[row, column] > 0.3 else "black"
         axis.text(column, row, counts[row, column], ha="center", va="center", color=color)
     names = [short(label) for label in classes]
+    labels = [f"{name} ({total})" for name, total in zip(names, totals, strict=True)]
     axis.set_xticks(range(len(names)), names, rotation=90)
-    axis.set_yticks(range(len(names)), [f"{x} ({n})" for x, n in zip(names, totals, strict=True)])
-    title = f"{right} of {totals.sum()} photos right: {right / totals.sum():.3f}"
+    axis.set_yticks(range(len(names)), labels)
+    n = totals.sum()
+    title = f"{right} of {n} photos right: {right / n:.3f}"
     axis.set(xlabel="answer", ylabel="true class (photos)", title=title)
     return figure
 
@@ -273,6 +353,10 @@ def parse_args(argv: list[str] | None) -> Namespace:
     save = f"draw the photos, {MOST_DRAWN} at most, into this .png, .pdf or .svg, not a window"
     add("--save", type=Path, metavar="FILE", help=save)
     args = parser.parse_args(argv)
+    args.any_folder = any(path.is_dir() for path in args.photos)
+    args.views = args.views or ("center" if args.any_folder else "ten")
+    if args.similar and not args.similar.is_dir():
+        parser.error(f"--similar {args.similar} is no folder")
     if args.top_k < 1:
         parser.error("--top-k must be at least 1")
     if args.save and args.save.suffix not in (".png", ".pdf", ".svg"):
