@@ -265,20 +265,17 @@ class Photos:
         self.pixels = torch.from_numpy(np.load(cache, mmap_mode="r"))
 
     def move_to(self, device: torch.device) -> None:
-        """Keep the pixels on a CUDA card if they take less than a quarter of what is free."""
+        """Keep all on a CUDA card if that takes less than a quarter of its free memory."""
         if device.type == "cuda":
-            free, total = torch.cuda.mem_get_info(device)
-            free = min(free, total * torch.cuda.get_per_process_memory_fraction(device))
+            free, _ = torch.cuda.mem_get_info(device)
             if self.pixels.nbytes < free / 4:
-                self.pixels = self.pixels.to(device)
+                self.pixels, self.labels = self.pixels.to(device), self.labels.to(device)
 
     def take(self, indices: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
         """Pixels (n, 256, 256, 3) and labels (n,) of these photos, on the device."""
-        # The host does not wait for a card here. On MPS such a copy could outlive its source.
-        no_wait = device.type == "cuda"
-        pixels = self.pixels[indices.to(self.pixels.device, non_blocking=no_wait)]
-        labels = self.labels[indices].to(device, non_blocking=no_wait)
-        return pixels.to(device), labels
+        # Not to wait here lets the host prepare this step while a card still does the last one.
+        indices = indices.to(self.pixels.device, non_blocking=True)
+        return self.pixels[indices].to(device), self.labels[indices].to(device)
 
 
 def open_photos(args: Namespace) -> tuple[Photos, Photos]:
@@ -553,7 +550,7 @@ def train_one_epoch(run: Run, epoch: int) -> tuple[float, float]:
     # Every photo once; by --balance as many draws, in which all classes are as likely.
     weights = torch.ones(len(train_set))
     if args.balance:
-        weights = 1 / torch.tensor(train_set.counts)[train_set.labels]
+        weights /= torch.tensor(train_set.counts)[train_set.labels.cpu()]
     order = weights.multinomial(len(weights), replacement=bool(args.balance), generator=generator)
     batches = order.split(args.batch_size)
 

@@ -122,12 +122,11 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
 
     The driver's calls are replaced, no function of torch.cuda; tensors are fake meanwhile.
     """
-    told = SimpleNamespace(free=5000, fraction=1.0, major=8, minor=0, name="a card")
+    told = SimpleNamespace(free=5000, major=8, minor=0, name="a card")
     memory = SimpleNamespace(cudaMemGetInfo=lambda index: (told.free, 10_000))
     cuda = {"_initialized": True, "_cached_device_count": 2, "_cudart": memory}
     for name, answer in (cuda | {"_get_device_properties": lambda index: told}).items():
         monkeypatch.setattr(torch.cuda, name, answer, raising=False)
-    monkeypatch.setattr(torch._C, "_cuda_getMemoryFraction", lambda i: told.fraction, raising=False)
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
     monkeypatch.setattr(torch._C, "_cuda_setDevice", lambda index: None, raising=False)
     precision = torch.get_float32_matmul_precision()  # which pick_device changes, like cudnn's

@@ -19,15 +19,16 @@ card = pytest.mark.skipif(not has_card, reason="there is no card")
 
 
 @without
-@pytest.mark.parametrize("free, fraction, fits", [(5000, 1, 1), (3999, 1, 0), (5000, 0.3, 0)])
-def test_a_device_has_its_index_and_keeps_pixels_that_fit(driver, free, fraction, fits):
+@pytest.mark.parametrize("free, fits", [(5000, True), (3999, False)])
+def test_a_device_has_its_index_and_keeps_pixels_that_fit(driver, free, fits):
     for name, index in (("cuda", 0), ("cuda:1", 1)):
         device = alexnet.pick_device(name)
         assert device == torch.device("cuda", index)
-        photos = SimpleNamespace(pixels=torch.zeros((10, 10, 10, 1), dtype=torch.uint8))
-        driver.free, driver.fraction = free, fraction
+        pixels, driver.free = torch.zeros(1000, dtype=torch.uint8), free
+        photos = SimpleNamespace(pixels=pixels, labels=torch.arange(10))
         train.Photos.move_to(photos, device)
-        assert photos.pixels.device == (device if fits else torch.device("cpu"))
+        expected = {device if fits else torch.device("cpu")}
+        assert {photos.pixels.device, photos.labels.device} == expected
 
 
 @without
@@ -36,21 +37,21 @@ def test_the_precision_is_what_the_card_has_and_tf32_is_told(driver):
     for driver.major, name in ((6, "float32"), (7, "float16"), (8, "bfloat16")):
         assert alexnet.pick_precision("auto", device) == getattr(torch, name)
         found = train.name_hardware(device, alexnet.pick_precision("float32", device))
-        told = " with products in TF32" if driver.major >= 8 else ""
-        assert found.startswith(f"a card, cuda, torch.float32{told}, torch ")
+        assert found.startswith("a card, cuda, torch.float32")
+        assert (" with products in TF32, torch " in found) == (driver.major >= 8)
 
 
 @without
 @pytest.mark.parametrize("pixels_on, pieces", [("cuda", 1), ("cuda", 2), ("cpu", 1), ("cpu", 2)])
 def test_all_of_a_step_lies_on_the_card(driver, monkeypatch, pixels_on, pieces):
     """But for the backward pass, which asks the driver from C++, and CutMix, which reads values."""
-    run, photos, device = object.__new__(train.Run), object.__new__(train.Photos), "cuda:0"
+    run, photos = object.__new__(train.Run), object.__new__(train.Photos)
     options = {"accumulate": pieces, "crop_area": 0.25, "rotation": 30.0, "jitter": 0.4, "mix": 0}
     run.args = SimpleNamespace(**options, label_smoothing=0.1, ema=0.99)
     photos.pixels = torch.zeros(100, 256, 256, 3, dtype=torch.uint8, device=pixels_on)
-    photos.labels, photos.classes = torch.zeros(100, dtype=torch.int64), list("abcde")
-    run.train_set, run.history, run.device = photos, [], torch.device(device)
-    run.color_axes = torch.zeros(3, 3, device=device)
+    photos.labels = torch.zeros(100, dtype=torch.int64, device=pixels_on)
+    photos.classes, run.train_set, run.history = list("abcde"), photos, []
+    run.device, run.color_axes = torch.device("cuda:0"), torch.zeros(3, 3, device="cuda:0")
     run.autocast = torch.autocast("cpu", enabled=False)
     with run.device:
         run.net, run.average = alexnet.AlexNet(5), alexnet.AlexNet(5).requires_grad_(False)
@@ -92,8 +93,9 @@ def test_a_run_on_a_card_can_be_stopped_resumed_and_used(few, tmp_path, monkeypa
 @card
 def test_pixels_on_the_card_and_on_the_host_give_one_batch(few, tmp_path):
     run, batches = new_run(few, tmp_path, "--device", "cuda"), []
+    photos = run.train_set
     for device in ("cuda", "cpu"):
-        run.train_set.pixels = run.train_set.pixels.to(device)
+        photos.pixels, photos.labels = photos.pixels.to(device), photos.labels.to(device)
         torch.manual_seed(0)
         batches.append(train.make_batch(run, torch.arange(6)))
     torch.testing.assert_close(*batches, rtol=0, atol=0)
@@ -128,12 +130,11 @@ def test_a_step_in_float16_that_overflows_changes_nothing(few, tmp_path):
 
 
 @card
-def test_a_batch_of_128_in_float32_fits_4_gb(tmp_path, monkeypatch):
+def test_a_batch_of_128_in_float32_fits_4_gb_with_the_context(tmp_path, monkeypatch):
     for side, n in (("train", 64), ("val", 2)):
         draw_photos(tmp_path / side, {"a": n, "b": n})
     monkeypatch.setattr(torch.nn, "Linear", NarrowLinear.__base__)  # the whole network
     torch.cuda.empty_cache()
-    share = 3.5e9 / torch.cuda.mem_get_info()[1]  # beside the context of CUDA
-    torch.cuda.set_per_process_memory_fraction(share)
+    torch.cuda.set_per_process_memory_fraction(3.5e9 / torch.cuda.mem_get_info()[1])
     run_train(tmp_path, tmp_path, *"--device cuda --epochs 1 --batch-size 128".split())
     torch.cuda.set_per_process_memory_fraction(1.0)
