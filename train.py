@@ -285,12 +285,17 @@ def open_photos(args: Namespace) -> tuple[Photos, Photos]:
     val_folder = next(filter(Path.is_dir, folders), folders[0])
     val_set = Photos(val_folder, train_set.classes)
 
-    # Process 0 decodes; the others wait for it, and then open what it wrote. The few photos of val
-    # come first, so that what is broken among them is told soon.
+    # Process 0 decodes; the others wait for it, and then open what it wrote.
     if get_rank() > 0:
         wait_for_others()
-    val_set.open_pixels(args.output)
-    train_set.open_pixels(args.output)
+    problems = []  # of both, so that the user sees all at once
+    for photos in (train_set, val_set):
+        try:
+            photos.open_pixels(args.output)
+        except InputError as error:
+            problems.append(str(error))
+    if problems:
+        raise InputError("; ".join(problems))
     if get_rank() == 0:
         wait_for_others()
     return train_set, val_set
