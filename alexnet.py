@@ -36,6 +36,7 @@ from tqdm import tqdm
 
 IMAGE_SIZE = 256  # pixels a side of a stored photo (section 2)
 CROP_SIZE = 224  # of what the network sees of it (section 4.1)
+ROOT_ALPHA = 0.01  # the root of the normalisation's alpha, 1e-4 (section 3.3)
 
 
 class AlexNet(nn.Module):
@@ -55,22 +56,22 @@ class AlexNet(nn.Module):
         self.register_buffer("std", torch.full((3, 1, 1), 0.25))
         self.features = nn.Sequential(
             # In the 2012 code the last filters hang over the right and bottom edges by 3 pixels.
-            nn.ZeroPad2d((0, 3, 0, 3)),  #                       (N,   3, 227, 227)
-            nn.Conv2d(3, 96, 11, stride=4),  #                   (N,  96,  55,  55)
+            nn.ZeroPad2d((0, 3, 0, 3)),  #                             (N,   3, 227, 227)
+            nn.Conv2d(3, 96, 11, stride=4),  #                   conv1 (N,  96,  55,  55)
             nn.ReLU(inplace=True),  # section 3.1
             LocalResponseNorm(),
-            nn.MaxPool2d(3, stride=2),  # section 3.4            (N,  96,  27,  27)
-            nn.Conv2d(96, 256, 5, padding=2, groups=groups),  #  (N, 256,  27,  27)
+            nn.MaxPool2d(3, stride=2),  # section 3.4                  (N,  96,  27,  27)
+            nn.Conv2d(96, 256, 5, padding=2, groups=groups),  #  conv2 (N, 256,  27,  27)
             nn.ReLU(inplace=True),
             LocalResponseNorm(),
-            nn.MaxPool2d(3, stride=2),  #                        (N, 256,  13,  13)
-            nn.Conv2d(256, 384, 3, padding=1),  # sees both GPUs (N, 384,  13,  13)
+            nn.MaxPool2d(3, stride=2),  #                              (N, 256,  13,  13)
+            nn.Conv2d(256, 384, 3, padding=1),  # sees both GPUs conv3 (N, 384,  13,  13)
             nn.ReLU(inplace=True),
-            nn.Conv2d(384, 384, 3, padding=1, groups=groups),  # (N, 384,  13,  13)
+            nn.Conv2d(384, 384, 3, padding=1, groups=groups),  # conv4 (N, 384,  13,  13)
             nn.ReLU(inplace=True),
-            nn.Conv2d(384, 256, 3, padding=1, groups=groups),  # (N, 256,  13,  13)
+            nn.Conv2d(384, 256, 3, padding=1, groups=groups),  # conv5 (N, 256,  13,  13)
             nn.ReLU(inplace=True),
-            nn.MaxPool2d(3, stride=2),  #                        (N, 256,   6,   6)
+            nn.MaxPool2d(3, stride=2),  #                              (N, 256,   6,   6)
         )
         self.classifier = nn.Sequential(
             nn.Linear(256 * 6 * 6, 4096),
@@ -85,9 +86,11 @@ class AlexNet(nn.Module):
     def initialize(self, recipe: str) -> None:
         """Draw the weights to start from.
 
-        "default": He's rule, biases 0; but conv1 N(0, 0.01), as larger noise never trains away.
-        "paper": section 5, with conv3 to conv5 as in the 2012 source (layers-145.cfg), on pixels of
-        0..255, since smaller values would drown in biases of 1.
+        "default": He's rule, biases 0; but conv1 N(0, 0.01), as more noise would never train away,
+        and stay to be seen in the kernels.
+        "paper": section 5, with conv3 to conv5 as in the 2012 source (layers-145.cfg). It also sets
+        `std` so that pixels keep their scale of 0..255: smaller ones would be lost beside biases of
+        1.
         """
         layers = [x for x in self.modules() if isinstance(x, nn.Conv2d | nn.Linear)]
         for layer in layers:
@@ -114,20 +117,20 @@ class AlexNet(nn.Module):
 class LocalResponseNorm(nn.Module):
     """Section 3.3 as printed: y = x / (2 + alpha * sum of x^2 over 5 neighbouring channels)^0.75.
 
-    alpha is 1e-4. The same as nn.LocalResponseNorm(5, alpha=5e-4, beta=0.75, k=2), as PyTorch
-    divides alpha by the number of channels; only faster.
+    alpha is 1e-4. The same as nn.LocalResponseNorm(5, alpha=5e-4, beta=0.75, k=2), but faster;
+    PyTorch divides alpha by the 5.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:  # plain operations can be exported
-            return normalize(x)
+            return normalize_channels(x)
         # A few photos at a time, as the backward pass makes seven temporary tensors. A card gets
         # more at once, since each of its kernels takes time to start.
         parts = x.split(4 if x.device.type == "cpu" else 32)
-        return torch.cat([NormalizeFunction.apply(part) for part in parts])
+        return torch.cat([NormalizeChannels.apply(part) for part in parts])
 
 
-def normalize(x: Tensor) -> Tensor:
+def normalize_channels(x: Tensor) -> Tensor:
     root = denominator(x).rsqrt()
     return x * (root * root.sqrt())  # d^-0.75 = d^-0.5 * d^-0.25, cheaper than a power
 
@@ -135,7 +138,7 @@ def normalize(x: Tensor) -> Tensor:
 def denominator(x: Tensor) -> Tensor:
     """d = 2 + alpha * the sum of x^2 over the neighbours."""
     # Scaled by the root of alpha first: in float16, 300 squared is infinite.
-    return sum_over_neighbors((0.01 * x).square(), 2.0)
+    return sum_over_neighbors((ROOT_ALPHA * x).square(), 2.0)
 
 
 def sum_over_neighbors(x: Tensor, start: float = 0.0) -> Tensor:
@@ -146,8 +149,8 @@ def sum_over_neighbors(x: Tensor, start: float = 0.0) -> Tensor:
     return F.conv2d(x, ones[:, :, None, None], x.new_full((n_channels,), start))
 
 
-class NormalizeFunction(torch.autograd.Function):
-    """`normalize` with a gradient that needs x alone; autograd would keep five tensors for it.
+class NormalizeChannels(torch.autograd.Function):
+    """`normalize_channels`, whose gradient here needs x alone; autograd would keep five tensors.
 
     g is the gradient of the loss by y, and the sums run over channel i and its neighbours j:
 
@@ -155,13 +158,15 @@ class NormalizeFunction(torch.autograd.Function):
         x_i changes y_i directly: dy_i / dx_i = d_i^-0.75; and by every d_j near it:
         dd_j / dx_i = 2 alpha x_i, and dy_j / dd_j = -0.75 x_j d_j^-1.75. Together:
         gradient by x_i = g_i d_i^-0.75 - 1.5 alpha x_i * sum of g_j x_j d_j^-1.75.
+
+    The channels near i that d_i sums over are also those whose d_j sum over i.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
         with torch.autocast(x.device.type, enabled=False):  # all in the type of x
-            return normalize(x)
+            return normalize_channels(x)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -171,9 +176,9 @@ class NormalizeFunction(torch.autograd.Function):
             d = denominator(x)
             root = d.rsqrt()
             direct = root.sqrt().mul_(root).mul_(g)  # g * d^-0.75
-            # Of alpha, 0.01 stands inside the sum, for float16 as above, and 0.01 outside.
-            total = sum_over_neighbors((0.01 * x).mul_(direct).div_(d))
-            return torch.addcmul(direct, total, x, value=-1.5 * 0.01)
+            # The root of alpha stands inside the sum, for float16 as above, and again outside it.
+            total = sum_over_neighbors((ROOT_ALPHA * x).mul_(direct).div_(d))
+            return torch.addcmul(direct, total, x, value=-1.5 * ROOT_ALPHA)
 
 
 def to_float(pixels: Tensor) -> Tensor:

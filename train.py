@@ -49,13 +49,14 @@ from tqdm import tqdm
 import alexnet
 from alexnet import CROP_SIZE, IMAGE_SIZE, AlexNet, InputError, replacing
 
-WARMUP_EPOCHS = 3  # the learning rate rises to --lr over the first of them
-RAMP_EPOCHS = 60  # --rotation and --jitter grow over these: in full, they slow the start
-MAX_LR_DROPS = 3  # the rate is divided by 10 this often (section 5); a fourth time ends the run
+WARMUP_EPOCHS = 3  # the learning rate rises from 0 to --lr over these
+RAMP_EPOCHS = 60  # --rotation and --jitter grow from 0 over these; at once, they slow the start
+MAX_LR_DROPS = 3  # the rate is divided by 10 so many times (section 5); once more ends the run
 AVERAGE_EVERY = 8  # steps between updates of the average; at every step it costs 3 % on a CPU
-SAVE_PAUSE = 60  # seconds between saves: on a GPU an epoch may take one, and saving another
+SAVE_PAUSE = 60  # seconds between saves: on a GPU an epoch may take one second, and a save another
 
-# What --recipe paper sets. Besides, it starts from the paper's weights, and on raw pixels.
+# What --recipe paper sets. It also initialises the weights as the paper did, and only subtracts the
+# mean from the pixels. The rate still warms up, and falls by the val loss.
 PAPER = {
     "batch_size": 128,
     "ema": 0.0,
@@ -130,9 +131,16 @@ def parse_args(argv: list[str] | None, kept: dict[str, Any] | None = None) -> Na
 
     # These are stored in last.pt and restored by --resume.
     paper = ", ".join(f"{name} {value}" for name, value in PAPER.items()).replace("_", "-")
-    group = parser.add_argument_group("options of a run", f"--recipe paper: {paper}")
+    group = parser.add_argument_group(
+        "options of a run", f"--recipe paper: {paper}, the paper's initial weights, unscaled pixels"
+    )
     add = group.add_argument
-    add("--recipe", choices=("default", "paper"), default="default", help="the paper's start, too")
+    add(
+        "--recipe",
+        choices=("default", "paper"),
+        default="default",
+        help="paper: what the line above says",
+    )
     add("--init", default="", help="an AlexNet.pth to start from; other classes: a new last layer")
     add("--epochs", type=count, default=90, help="passes over the photos; --resume takes more")
     add("--batch-size", type=count, default=32, help="photos a step, of all processes together")
@@ -216,13 +224,13 @@ def load_checkpoint(args: Namespace) -> dict[str, Any]:
 
 
 def other_version(last: Path) -> InputError:
-    way = "go on with that, or take another --output"
+    way = "go on with that version, or choose another --output"
     return InputError(f"{last} is of another version of train.py: {way}")
 
 
 # ----- the photos
 class Photos:
-    """The photos folder/CLASS/*, with their labels."""
+    """The photos folder/CLASS/.../NAME, with their labels."""
 
     def __init__(self, folder: Path, classes: list[str] | None = None) -> None:
         if not folder.is_dir():
@@ -273,7 +281,7 @@ class Photos:
 
     def take(self, indices: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
         """Pixels (n, 256, 256, 3) and labels (n,) of these photos, on the device."""
-        # Not to wait here lets the host prepare this step while a card still does the last one.
+        # non_blocking: the CPU can prepare this step while a card still works on the last one.
         indices = indices.to(self.pixels.device, non_blocking=True)
         return self.pixels[indices].to(device), self.labels[indices].to(device)
 
@@ -303,36 +311,37 @@ def open_photos(args: Namespace) -> tuple[Photos, Photos]:
 
 def write_pixels(path: Path, files: list[Path]) -> None:
     """Decode photos into a .npy file, and remove older ones; raises InputError if any is broken."""
+    side, _ = path.stem.rsplit("-", 1)
     shape = (len(files), IMAGE_SIZE, IMAGE_SIZE, 3)
     header = {"descr": "|u1", "fortran_order": False, "shape": shape}
     n = 0
     with replacing(path) as file:
         np.lib.format.write_array_header_1_0(file, header)
-        for _, pixels in alexnet.read_squares(files, f"decoding {path.stem[:-13]}"):
+        for _, pixels in alexnet.read_squares(files, f"decoding {side}"):
             file.write(pixels.tobytes())
             n += 1
         if n < len(files):
-            broken = f"{len(files) - n} of the photos in {path.stem[:-13]}"
+            broken = f"{len(files) - n} of the photos in {side}"
             raise InputError(f"cannot read {broken}, named above; remove them")
 
-    for old in path.parent.glob(f"{path.stem[:-12]}{'[0-9a-f]' * 12}.npy"):
+    for old in path.parent.glob(f"{side}-{'[0-9a-f]' * 12}.npy"):
         if old != path:
             with contextlib.suppress(OSError):  # Windows keeps a file that is in use
                 old.unlink()
 
 
 def pixel_statistics(pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean (3,), standard deviation (3,) and principal components (3, 3) of RGB in 0..1."""
+    """Mean (3,), standard deviation (3,) and principal axes (3, 3) of RGB in 0..1."""
     # Every 64th pixel of some 2,000 photos is enough.
     sample = pixels[:: math.ceil(len(pixels) / 2000), ::8, ::8].reshape(-1, 3) / 255
     covariance = torch.cov(sample.T.double())
     std = covariance.diagonal().clip(1 / 255**2).sqrt()  # of drawings it may be 0
 
-    # Section 4.1 shifts colours along the principal components of the pixels, by multiples of
-    # their standard deviations as in the 2012 source; the paper prints variances.
+    # Section 4.1 shifts colours along the principal axes of the pixels. Their lengths are standard
+    # deviations, as in the 2012 source; the paper prints variances.
     variances, vectors = torch.linalg.eigh(covariance)
-    components = vectors * variances.clip(0).sqrt()
-    return sample.mean(0), std, components.float()
+    axes = vectors * variances.clip(0).sqrt()
+    return sample.mean(0), std, axes.float()
 
 
 # ----- the run
@@ -346,8 +355,8 @@ class Run:
     ) -> None:
         self.args, self.device = args, device
         self.train_set, self.val_set = train_set, val_set
-        mean, std, components = pixel_statistics(train_set.pixels)
-        self.color_axes = components.to(device)
+        mean, std, axes = pixel_statistics(train_set.pixels)
+        self.color_axes = axes.to(device)
         train_set.move_to(device)
         val_set.move_to(device)
 
@@ -481,7 +490,7 @@ def start_from(run: Run) -> None:
         run.net.load_state_dict(state, strict=False)
         run.average.load_state_dict(state, strict=False)
     except RuntimeError as error:
-        raise InputError(f"{path} is of a run with other --groups; give its") from error
+        raise InputError(f"{path} is of a run with other --groups; give the same") from error
 
 
 def best_network(run: Run) -> AlexNet:
@@ -534,6 +543,8 @@ def train(run: Run) -> None:
         if get_rank() == 0:
             save_checkpoint(run)
     except KeyboardInterrupt:
+        if get_rank() > 0:
+            raise
         left = "no epoch of this run is saved yet"
         if epochs_saved:
             left = f"--resume goes on after epoch {epochs_saved}"
@@ -552,11 +563,11 @@ def train_one_epoch(run: Run, epoch: int) -> tuple[float, float]:
     generator = torch.Generator().manual_seed(seed_of(args.seed, epoch))
     torch.manual_seed(seed_of(args.seed, epoch, get_rank() + 1))
 
-    # Every photo once; by --balance as many draws, in which all classes are as likely.
-    weights = torch.ones(len(train_set))
+    # All photos in random order; with --balance as many draws, in which every class is as likely.
+    chances = torch.ones(len(train_set))
     if args.balance:
-        weights /= torch.tensor(train_set.counts)[train_set.labels.cpu()]
-    order = weights.multinomial(len(weights), replacement=bool(args.balance), generator=generator)
+        chances /= torch.tensor(train_set.counts)[train_set.labels.cpu()]
+    order = chances.multinomial(len(chances), replacement=bool(args.balance), generator=generator)
     batches = order.split(args.batch_size)
 
     totals, seen = torch.zeros(2, device=run.device), 0
@@ -573,7 +584,7 @@ def train_one_epoch(run: Run, epoch: int) -> tuple[float, float]:
             steps = (number - 1) % AVERAGE_EVERY + 1  # since the last time
             update_average(run, steps, total=(epoch - 1) * len(batches) + number)
         if number % 20 == 0 or is_last:  # reading the totals waits for the device
-            loss, accuracy = mean_over_processes(totals, seen, f"epoch {epoch}, lr {run.lr:g}")
+            loss, accuracy = loss_and_accuracy(totals, seen, f"epoch {epoch}, lr {run.lr:g}")
             bar.set_postfix(loss=f"{loss:.3f}", accuracy=f"{accuracy:.3f}")
     return loss, accuracy
 
@@ -619,8 +630,9 @@ def make_batch(run: Run, indices: Tensor) -> tuple[Tensor, Tensor]:
     images = random_colors(images, run.color_axes, strength * args.jitter)
     targets = F.one_hot(labels, len(run.train_set.classes)).float()
 
-    # CutMix pastes a window of another photo into the first half of those to mix, mixup blends the
-    # second half. Of three or fewer, one would be left to be blended with itself: all get a window.
+    # Of the photos to mix, the first half show a window of another photo (CutMix), the second half
+    # are blended with another (mixup). Both take the other from the same half, where a photo alone
+    # would be mixed with itself; so, of three or fewer, all get a window.
     n_mixed = round(len(indices) * args.mix)
     n_cutmix = math.ceil(n_mixed / 2) if n_mixed > 3 else n_mixed
     if n_mixed:
@@ -638,9 +650,9 @@ def random_crop(images: Tensor, crop_area: float, rotation: float) -> Tensor:
         matrices = draw_crops(n, crop_area, rotation)
     grid = F.affine_grid(matrices, [n, 3, CROP_SIZE, CROP_SIZE], align_corners=False)
 
-    # A turned crop may reach beyond the photo, which goes on mirrored there: what lies outside the
-    # centres of the outermost pixels is read as far inside. MPS lacks the padding_mode
-    # "reflection", which would do this, and wants contiguous images.
+    # A turned crop may reach beyond the photo. There it shows the photo mirrored at its edge (the
+    # centres of the outermost pixels): a point as far beyond the edge is read as far before it. MPS
+    # lacks padding_mode="reflection", which would do this, and wants contiguous images.
     edge = 1 - 1 / IMAGE_SIZE
     grid = 2 * grid.clamp(-edge, edge) - grid
     return F.grid_sample(images.contiguous(), grid, align_corners=False)
@@ -654,7 +666,7 @@ def draw_crops(n: int, crop_area: float, rotation: float) -> Tensor:
         aspect = torch.empty(n).uniform_(math.log(3 / 4), math.log(4 / 3)).exp()
         size = torch.stack([area * aspect, area / aspect]).sqrt().clamp(max=1)
         place = torch.rand(2, n)
-    else:  # section 4.1: 224 x 224 of 256 x 256 pixels, at one of 33 x 33 places
+    else:  # section 4.1: 224 x 224 of 256 x 256 pixels; at 33 x 33 places (the paper: 32 x 32)
         size = torch.full((2, n), CROP_SIZE / IMAGE_SIZE)
         place = torch.randint(IMAGE_SIZE - CROP_SIZE + 1, (2, n)) / (IMAGE_SIZE - CROP_SIZE)
     mirror = torch.randint(2, (n,)) * 2 - 1
@@ -683,11 +695,11 @@ def random_colors(images: Tensor, axes: Tensor, jitter: float) -> Tensor:
 
 @torch.no_grad()
 def update_average(run: Run, steps: int, total: int) -> None:
-    """Move the average of the weights on by some steps, of which `total` were done so far.
+    """Let the average follow the last `steps` of the `total` steps so far.
 
-    At a high rate the weights oscillate around their average, which so is the better network.
+    At a high rate the weights oscillate around their average, so that is the better network.
     """
-    decay = min(run.args.ema, total / (10 + total))  # it soon forgets the start
+    decay = min(run.args.ema, total / (10 + total))  # at first less, to forget the initial weights
     averages, weights = list(run.average.parameters()), list(run.net.parameters())
     torch._foreach_lerp_(averages, weights, 1 - decay**steps)
 
@@ -703,14 +715,14 @@ def evaluate(run: Run, net: AlexNet, ten_views: bool = False) -> tuple[float, fl
         losses = F.nll_loss(probabilities.clamp(min=1e-12).log(), labels, reduction="none")
         right = probabilities.argmax(1) == labels
         totals += (torch.stack([losses, right]) * run.class_weights[labels]).sum(1)
-    return mean_over_processes(totals, len(val_set), "validation")
+    return loss_and_accuracy(totals, len(val_set), "validation")
 
 
 # ----- the learning rate (section 5)
-def warm_up(run: Run, epochs: float) -> None:
+def warm_up(run: Run, epochs_done: float) -> None:
     """Over the first epochs the rate rises from 0 to --lr."""
-    if epochs <= WARMUP_EPOCHS:
-        run.lr = run.args.lr * (epochs / WARMUP_EPOCHS)
+    if epochs_done <= WARMUP_EPOCHS:
+        run.lr = run.args.lr * (epochs_done / WARMUP_EPOCHS)
 
 
 def lower_rate_where_val_stalls(run: Run) -> None:
@@ -722,18 +734,21 @@ def lower_rate_where_val_stalls(run: Run) -> None:
 
 def is_over(run: Run) -> bool:
     """Whether all epochs are done, or the rate fell once more than MAX_LR_DROPS."""
-    lowest = run.args.lr * 0.1 ** (MAX_LR_DROPS + 0.5)  # halfway, for rates are rounded
-    return len(run.history) >= run.args.epochs or run.lr < lowest
+    end = run.args.lr * 0.1 ** (MAX_LR_DROPS + 0.5)  # between the last two, as rates are rounded
+    return len(run.history) >= run.args.epochs or run.lr < end
 
 
 def is_guessing(run: Run) -> bool:
     """Whether no epoch so far was better than an answer that needs no photo: the class shares."""
-    # Its loss is their entropy. Accuracy alone would never tell where one class has 95 %.
+    # The loss of that answer is the entropy of the shares, its accuracy the largest of them. The
+    # accuracy alone would hardly tell where one class has 95 %.
     shares = run.class_shares
     entropy = -sum(share * math.log(share) for share in shares if share)
-    lowest = best_epoch(run.history)["val_loss"]
-    highest = max(row["val_accuracy"] for row in run.history)
-    return lowest >= 0.98 * entropy and highest <= max(shares) + 1e-6 < 1
+    best_loss = best_epoch(run.history)["val_loss"]
+    best_accuracy = max(row["val_accuracy"] for row in run.history)
+    no_better_loss = best_loss >= 0.98 * entropy
+    no_better_accuracy = best_accuracy <= max(shares) + 1e-6  # which is rounded
+    return no_better_loss and no_better_accuracy and max(shares) < 1
 
 
 def best_epoch(history: list[dict[str, float]]) -> dict[str, float]:
@@ -754,7 +769,10 @@ def save_weights(run: Run) -> None:
 
 
 def save_checkpoint(run: Run) -> None:
-    """Write new best weights, then last.pt: a kill between the two repeats an epoch, no more."""
+    """Write new best weights, then last.pt.
+
+    After a kill between the two, --resume repeats the epochs since the last save.
+    """
     output, history = run.args.output, run.history
     save_weights(run)
     with replacing(output / "last.pt") as file:
@@ -796,7 +814,7 @@ def draw_curves(history: list[dict[str, float]], share: float) -> Figure:
 
 def report(run: Run) -> None:
     """Evaluate AlexNet.pth by both kinds of views; write run.json and kernels.png."""
-    weights = run.args.output / "AlexNet.pth"
+    path = run.args.output / "AlexNet.pth"
     wait_for_others()  # process 0 has just written it
     net = best_network(run)
     _, center = evaluate(run, net)
@@ -806,7 +824,7 @@ def report(run: Run) -> None:
 
     # The paper's figure 3: the 96 kernels of conv1, 16 a row, the upper 48 of one GPU.
     kernels = F.interpolate(net.features[1].weight, scale_factor=5.0)  # 55 pixels a side
-    with replacing(weights.with_name("kernels.png")) as file:
+    with replacing(path.with_name("kernels.png")) as file:
         save_image(kernels, file, format="png", nrow=16, padding=5, pad_value=1, normalize=True)
     facts = {
         "options": options_of(run.args),
@@ -816,10 +834,10 @@ def report(run: Run) -> None:
         "val_accuracy": {"center-crop": center, "ten-crop": ten},
         "hardware": run.hardware,
     }
-    with replacing(weights.with_name("run.json")) as file:
+    with replacing(path.with_name("run.json")) as file:
         file.write(json.dumps(facts, indent=1).encode())
-    print(f"{weights}: accuracy on val {center:.4f} by center-crop, {ten:.4f} by ten-crop")
-    print(f"now classify a photo: python predict.py PHOTO --weights {weights}")
+    print(f"{path}: accuracy on val {center:.4f} by center-crop, {ten:.4f} by ten-crop")
+    print(f"now classify a photo: python predict.py PHOTO --weights {path}")
 
 
 def is_finished(run: Run) -> bool:
@@ -873,12 +891,12 @@ def wait_for_others() -> None:
         dist.barrier()
 
 
-def mean_over_processes(totals: Tensor, n: int, where: str) -> tuple[float, float]:
+def loss_and_accuracy(totals: Tensor, n: int, where: str) -> tuple[float, float]:
     """Loss and accuracy from all processes' sums over n photos; raises InputError if not finite."""
     totals = totals.clone()
     if is_distributed():
         dist.all_reduce(totals)
-    # Divided as Python's floats: in float32, 3 / 5 is more than a class's share of 0.6.
+    # Divided in float64, as in float32 3 / 5 is more than a class's share of 0.6.
     loss, accuracy = (total / n for total in totals.tolist())
     if not math.isfinite(loss):
         raise InputError(f"the loss is no number ({where}); start with a lower --lr")
