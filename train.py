@@ -53,7 +53,7 @@ WARMUP_EPOCHS = 3  # the learning rate rises from 0 to --lr over these
 RAMP_EPOCHS = 60  # --rotation and --jitter grow from 0 over these; at once, they slow the start
 MAX_LR_DROPS = 3  # the rate is divided by 10 so many times (section 5); once more ends the run
 AVERAGE_EVERY = 8  # steps between updates of the average; at every step it costs 3 % on a CPU
-SAVE_PAUSE = 60  # seconds between saves: on a GPU an epoch may take one second, and a save another
+SAVE_PAUSE = 60  # seconds between saves: on a GPU, saving takes as long as an epoch
 
 # What --recipe paper sets. It also initialises the weights as the paper did, and only subtracts the
 # mean from the pixels. The rate still warms up, and falls by the val loss.
@@ -66,12 +66,20 @@ PAPER = {
     "jitter": 0.0,
     "mix": 0.0,
 }
-# The options that a resumed run takes from the command line. All others are stored in last.pt.
-FREE = {"data", "output", "resume", "overwrite", "accumulate", "device", "precision"}
+# last.pt stores all options but these, which a resumed run takes from the command line.
+NOT_STORED = {"data", "output", "resume", "overwrite", "accumulate", "device", "precision"}
+HEADER = "epoch       lr   train loss  accuracy   val loss  accuracy   seconds  images/s"
+LINE = (
+    "{epoch:5} {lr:8.2g}   {train_loss:10.4f}  {train_accuracy:8.4f}   "
+    "{val_loss:8.4f}  {val_accuracy:8.4f}   {seconds:7.1f}  {images_per_second:8.1f}"
+)
 CUTMIX, MIXUP = CutMix(), MixUp(alpha=0.2)
 
-# torch warns that a tensor could write to the read-only file of decoded photos. None does.
+# torch warns that a tensor could write to the read-only file of decoded photos; none does.
 warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+
+# Under torchrun each of n processes (ranks) trains on every n-th photo of a batch, and their
+# gradients are summed. Process 0 alone decodes, writes and prints.
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -90,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
 
         train_set, val_set = open_photos(args)
         run = Run(args, device, train_set, val_set)
-        introduce(run)
+        print_setup(run)
         if checkpoint:
             resume(run, checkpoint)
             checkpoint = None  # it takes 0.7 GB
@@ -123,7 +131,7 @@ def parse_args(argv: list[str] | None, kept: dict[str, Any] | None = None) -> Na
     either = parser.add_mutually_exclusive_group().add_argument
     either("--resume", action="store_true", help="go on with the run in --output, by its options")
     either("--overwrite", action="store_true", help="replace the run in --output")
-    add("--accumulate", type=count, default=1, help="pieces of a batch, to save memory")
+    add("--accumulate", type=count, default=1, help="pieces to compute a batch in, to save memory")
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto: the fastest there is")
     precisions = ("auto", "float32", "bfloat16", "float16")
     auto = "auto: bfloat16 where it is native, float16 on older CUDA cards"
@@ -141,6 +149,7 @@ def parse_args(argv: list[str] | None, kept: dict[str, Any] | None = None) -> Na
         default="default",
         help="paper: what the line above says",
     )
+    # A str, not a Path, which last.pt could not store.
     add("--init", default="", help="an AlexNet.pth to start from; other classes: a new last layer")
     add("--epochs", type=count, default=90, help="passes over the photos; --resume takes more")
     add("--batch-size", type=count, default=32, help="photos a step, of all processes together")
@@ -149,14 +158,19 @@ def parse_args(argv: list[str] | None, kept: dict[str, Any] | None = None) -> Na
     add("--weight-decay", type=share, default=0.0005, help="of SGD")
     average = "decay of the average of the weights, which is what is saved"
     add("--ema", type=share, default=0.99, help=average)
-    add("--label-smoothing", type=share, default=0.1, help="share of the answer spread over all")
+    add(
+        "--label-smoothing",
+        type=share,
+        default=0.1,
+        help="part of the target spread over all classes",
+    )
     patience = "divide lr by 10 after this many epochs without a 1 %% lower val loss"
     add("--patience", type=number_within(0, 2**20), default=10, help=patience)
     crop_area = "smallest part of a photo in a crop; 0: 224 x 224 of 256 x 256"
     add("--crop-area", type=share, default=0.25, help=crop_area)
     rotation = f"degrees by which crops turn at most; grows over {RAMP_EPOCHS} epochs"
     add("--rotation", type=number_within(0.0, 180.0), default=30.0, help=rotation)
-    jitter = "largest change of brightness, contrast and saturation; grows, too"
+    jitter = "largest change of brightness, contrast and saturation; grows like --rotation"
     add("--jitter", type=share, default=0.4, help=jitter)
     mix = "share of photos mixed with others, by CutMix and by mixup"
     add("--mix", type=share, default=0.5, help=mix)
@@ -164,10 +178,10 @@ def parse_args(argv: list[str] | None, kept: dict[str, Any] | None = None) -> Na
     add("--balance", type=int, choices=(0, 1), nargs="?", const=1, default=0, help=balance)
     groups = "2: as on the paper's two GPUs; 1: merged, for 1.4 times the time"
     add("--groups", type=int, choices=(1, 2), default=2, help=groups)
-    seed = "of weights, order, crops and dropout"
+    seed = "of the first weights, the order of photos, augmentation and dropout"
     add("--seed", type=number_within(0, 2**32), default=0, help=seed)
 
-    # The recipe, or the run to go on with, changes the defaults; what is typed goes before them.
+    # The run to go on with, or the recipe, sets other defaults; what is typed overrides them.
     args = parser.parse_args(argv)
     if kept:
         parser.set_defaults(**kept)
@@ -176,7 +190,7 @@ def parse_args(argv: list[str] | None, kept: dict[str, Any] | None = None) -> Na
     args = parser.parse_args(argv)
 
     for name, value in (kept or {}).items():
-        if getattr(args, name) != value and name != "epochs":
+        if name != "epochs" and getattr(args, name) != value:  # --epochs may be raised
             option = f"--{name.replace('_', '-')} {value}"
             last = args.output / "last.pt"
             raise InputError(f"{last} is of a run with {option}; leave the option out")
@@ -185,11 +199,11 @@ def parse_args(argv: list[str] | None, kept: dict[str, Any] | None = None) -> Na
 
 def options_of(args: Namespace) -> dict[str, Any]:
     """The options by which a run is known, and which last.pt keeps."""
-    return {name: value for name, value in vars(args).items() if name not in FREE}
+    return {name: value for name, value in vars(args).items() if name not in NOT_STORED}
 
 
 def number_within(least: float, most: float) -> Callable[[str], float]:
-    """A type of argparse: numbers of the limits' own type."""
+    """A type for argparse: int or float, like the limits, and within them."""
 
     def number(text: str) -> float:
         value = type(least)(text)
@@ -378,7 +392,7 @@ class Run:
         # The average of the weights is what is evaluated and saved.
         self.average = copy.deepcopy(self.net).eval().requires_grad_(False)
         self.optimizer = build_optimizer(self.net, args, device)
-        # A gain under 1 % is not worth waiting for; a lower rate gains more.
+        # Gains under 1 % count as none, as a lower rate gains more.
         self.scheduler = ReduceLROnPlateau(
             self.optimizer, patience=args.patience, threshold=0.01, eps=0
         )
@@ -389,7 +403,7 @@ class Run:
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
 
         self.history: list[dict[str, float]] = []  # a row for each epoch
-        self.lowest = math.inf  # the val loss of the best weights
+        self.best_loss = math.inf  # the val loss of the best weights
         self.unsaved: dict[str, Tensor] | None = None  # the best weights, if not yet written
 
     @property
@@ -438,7 +452,7 @@ def name_hardware(device: torch.device, precision: torch.dtype) -> str:
     return f"{name}, {device.type}, {precision}{products}, torch {torch.__version__}"
 
 
-def introduce(run: Run) -> None:
+def print_setup(run: Run) -> None:
     """Print what is going to be trained, on what."""
     args, counts = run.args, run.train_set.counts
     print(f"device   {run.hardware}")
@@ -472,10 +486,10 @@ def resume(run: Run, checkpoint: dict[str, Any]) -> None:
 
     # The score to beat is that of AlexNet.pth, which a kill may have left newer than last.pt.
     try:
-        run.lowest, _ = evaluate(run, best_network(run))
+        run.best_loss, _ = evaluate(run, best_network(run))
     except InputError as error:
         print(f"{error}; the last epoch's weights take its place")
-        run.lowest = run.history[-1]["val_loss"]
+        run.best_loss = run.history[-1]["val_loss"]
         run.unsaved = run.average_on_host()
 
 
@@ -505,8 +519,9 @@ def best_network(run: Run) -> AlexNet:
 # ----- training (section 5)
 def train(run: Run) -> None:
     """Train epoch by epoch to the end of the run, and save it from time to time."""
-    epochs_saved, next_save = len(run.history), 0.0  # in last.pt; by time.perf_counter()
-    print("epoch       lr   train loss  accuracy   val loss  accuracy   seconds  images/s")
+    epochs_saved = len(run.history)
+    next_save = 0.0  # by time.perf_counter()
+    print(HEADER)
     try:
         while not is_over(run):
             epoch, start = len(run.history) + 1, time.perf_counter()
@@ -525,12 +540,13 @@ def train(run: Run) -> None:
             }
             run.history.append(row)
             lower_rate_where_val_stalls(run)
-            is_best = val_loss < run.lowest
+            is_best = val_loss < run.best_loss
             if is_best:
-                run.lowest, run.unsaved = val_loss, run.average_on_host()
+                run.best_loss = val_loss
+                run.unsaved = run.average_on_host()
 
-            line = "{:5} {:8.2g}   {:10.4f}  {:8.4f}   {:8.4f}  {:8.4f}   {:7.1f}  {:8.1f}"
-            print(line.format(*row.values()) + ("  best" if is_best else ""), flush=True)
+            mark = "  best" if is_best else ""
+            print(LINE.format(**row) + mark, flush=True)
             if epoch == 2 * WARMUP_EPOCHS and is_guessing(run):
                 lower = f"--lr {run.args.lr / 3:.2g}"
                 print(f"hint: nothing is learnt yet; try {lower} or --batch-size 16")
@@ -559,7 +575,7 @@ def train_one_epoch(run: Run, epoch: int) -> tuple[float, float]:
     args, train_set = run.args, run.train_set
 
     # Every epoch is seeded by (seed, epoch), so resuming needs no state of a generator. All
-    # processes draw one order of the photos, and each its own crops, colours and dropout.
+    # processes draw the same order of photos, and each its own augmentation and dropout.
     generator = torch.Generator().manual_seed(seed_of(args.seed, epoch))
     torch.manual_seed(seed_of(args.seed, epoch, get_rank() + 1))
 
@@ -570,7 +586,8 @@ def train_one_epoch(run: Run, epoch: int) -> tuple[float, float]:
     order = chances.multinomial(len(chances), replacement=bool(args.balance), generator=generator)
     batches = order.split(args.batch_size)
 
-    totals, seen = torch.zeros(2, device=run.device), 0
+    totals = torch.zeros(2, device=run.device)
+    seen = steps_to_average = 0
     run.net.train()
     hide = get_rank() > 0 or None  # None: tqdm hides the bar where nobody watches
     bar = tqdm(batches, desc=f"epoch {epoch}", unit="batch", leave=False, disable=hide)
@@ -580,9 +597,10 @@ def train_one_epoch(run: Run, epoch: int) -> tuple[float, float]:
         seen += len(batch)
 
         is_last = number == len(batches)
-        if number % AVERAGE_EVERY == 0 or is_last:
-            steps = (number - 1) % AVERAGE_EVERY + 1  # since the last time
-            update_average(run, steps, total=(epoch - 1) * len(batches) + number)
+        steps_to_average += 1
+        if steps_to_average == AVERAGE_EVERY or is_last:
+            update_average(run, steps_to_average, total=(epoch - 1) * len(batches) + number)
+            steps_to_average = 0
         if number % 20 == 0 or is_last:  # reading the totals waits for the device
             loss, accuracy = loss_and_accuracy(totals, seen, f"epoch {epoch}, lr {run.lr:g}")
             bar.set_postfix(loss=f"{loss:.3f}", accuracy=f"{accuracy:.3f}")
@@ -738,6 +756,11 @@ def is_over(run: Run) -> bool:
     return len(run.history) >= run.args.epochs or run.lr < end
 
 
+def is_finished(run: Run) -> bool:
+    """Whether there is nothing left to train, to write or to report."""
+    return is_over(run) and not run.unsaved and (run.args.output / "run.json").exists()
+
+
 def is_guessing(run: Run) -> bool:
     """Whether no epoch so far was better than an answer that needs no photo: the class shares."""
     # The loss of that answer is the entropy of the shares, its accuracy the largest of them. The
@@ -783,7 +806,7 @@ def save_checkpoint(run: Run) -> None:
         with contextlib.suppress(OSError):
             (output / name).unlink()
 
-    rows = [list(history[0])] + [[f"{x:.6g}" for x in row.values()] for row in history]
+    rows = [list(history[-1])] + [[f"{x:.6g}" for x in row.values()] for row in history]
     try:
         with replacing(output / "history.csv") as file:
             file.writelines(f"{','.join(row)}\n".encode() for row in rows)
@@ -840,14 +863,7 @@ def report(run: Run) -> None:
     print(f"now classify a photo: python predict.py PHOTO --weights {path}")
 
 
-def is_finished(run: Run) -> bool:
-    """Whether there is nothing left to train, to write or to report."""
-    return is_over(run) and not run.unsaved and (run.args.output / "run.json").exists()
-
-
-# ----- several processes, one a card, by torchrun
-# Each takes every n-th photo of a batch, and adds its gradients to the others'. Process 0 alone
-# decodes, writes and prints.
+# ----- several processes, started by torchrun, one for each card
 def connect_processes(device_name: str) -> torch.device:
     """Connect to the other processes, if torchrun started this one; returns its device.
 
