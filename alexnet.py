@@ -29,7 +29,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -206,23 +206,38 @@ def predict_probabilities(net: AlexNet, images: Tensor, ten_views: bool) -> Tens
 
 # ===== Here the network ends. What follows is shared by the scripts: photos, device, files, errors.
 VAL_FOLDERS = ("val", "valid", "validation")  # the names that data sets give it
-# Other programs keep these for themselves; a Mac adds a ._x.jpg to x.jpg.
+# What systems keep for themselves is nobody's photo: a Mac adds a ._x.jpg to x.jpg, a NAS keeps
+# small copies of all photos in @eaDir. PRIVATE holds beginnings of names, SYSTEM whole names.
 PRIVATE = ("._", ".ipynb_checkpoints", ".git", ".Trash", ".thumbnails", ".cache")
-READER = 3  # to be raised when read_square changes, so that train.py decodes anew
+SYSTEM = {"@eaDir", "#recycle", "#snapshot", "@Recycle", "$RECYCLE.BIN", "__MACOSX", "lost+found"}
+SYSTEM |= {"System Volume Information"}
+READER = 4  # to be raised when read_square changes, so that train.py decodes anew
 SUFFIXES = "jpg jpeg jpe jfif jfi jif pjpeg png bmp gif tif tiff webp avif ppm pgm".split()
 # Not EPS, for which Pillow would start another program, Ghostscript.
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM", "AVIF")
 
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # 64 MB; 1 MB is too little
 warnings.filterwarnings("ignore", module="PIL")  # a file is read, or one line says why not
 warnings.filterwarnings("ignore", "Please use the new API settings to control TF32")  # torch 2.9
 
 
 # ----- photos
 def visible_files(folder: Path, above: Iterable[Path] = ()) -> list[Path]:
-    """The files below a folder, sorted; links are followed, hidden names left out and told."""
+    """The files below a folder, sorted; links are followed.
+
+    What belongs to a system is left out. Other hidden names, and folders that may not be read, are
+    left out and told.
+    """
     here, files = folder.resolve(), []
     above = {*above, here, *here.parents}  # to follow a link to one of these would never end
-    for path in sorted(folder.iterdir()):
+    try:
+        paths = sorted(folder.iterdir())
+    except PermissionError as error:
+        print(f"skipped, it may not be read: {folder} ({error.strerror})", file=sys.stderr)
+        return []
+    for path in paths:
+        if path.name in SYSTEM or path.name.startswith(PRIVATE):
+            continue
         if path.name[0] == ".":
             tell_hidden(path)
         elif not path.is_dir():
@@ -234,8 +249,6 @@ def visible_files(folder: Path, above: Iterable[Path] = ()) -> list[Path]:
 
 def tell_hidden(path: Path) -> None:
     """Say on stderr how many pictures are left out with this hidden file or folder."""
-    if path.name.startswith(PRIVATE):
-        return
     if n := sum(map(is_picture, [path, *path.rglob("*")])):
         print(f"skipped, its name begins with a dot: {path} ({n} photos)", file=sys.stderr)
 
@@ -255,21 +268,27 @@ def list_photos(folder: Path, files: list[Path]) -> list[str]:
 
     classes = {name.split("/")[0] for name in names}
     folders = {path.name for path in folder.iterdir() if path.is_dir() and path.name[0] != "."}
-    empty = sorted(folders - classes)
+    empty = sorted(folders - classes - SYSTEM)
     if empty:
-        print(f"no photos in these folders of {folder.name}: {', '.join(empty)}")
+        print(f"no photos in these folders of {folder.name}: {listed(empty)}")
 
     others = Counter(path.suffix or path.name for path in set(files).difference(photos))
     if others:
-        kinds = ", ".join(f"{n} {kind}" for kind, n in others.most_common())
+        kinds = listed([f"{n} {kind}" for kind, n in others.most_common()])
         print(f"skipped, no photos of a class, in {folder.name}: {kinds}")
 
     # Names that differ in case or composition are one folder on Windows or macOS.
     spellings = Counter(class_of(label).casefold() for label in classes)
     alike = sorted(x for x in classes if spellings[class_of(x).casefold()] > 1)
     if alike:
-        raise InputError(f"{', '.join(alike)}: one name on other machines; rename or join them")
+        raise InputError(f"{listed(alike)}: one name on other machines; rename or join them")
     return names
+
+
+def listed(names: list[str]) -> str:
+    """The first ten, and how many more there are."""
+    more = [f"and {len(names) - 10} more"] if len(names) > 10 else []
+    return ", ".join(names[:10] + more)
 
 
 def class_of(name: str) -> str:
@@ -288,7 +307,9 @@ def read_image(path: Path) -> Image.Image:
                 ImageOps.exif_transpose(image, in_place=True)
             if image.mode[0] in "FI":
                 image = to_8_bits(image)
-            if image.has_transparency_data:
+            # An alpha channel of zeros alone is an unused byte, as in some BMP files.
+            unused = "A" in image.getbands() and image.getchannel("A").getextrema() == (0, 0)
+            if image.has_transparency_data and not unused:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return image.convert("RGB")
@@ -320,7 +341,8 @@ def read_square(path: Path, size: int = IMAGE_SIZE) -> np.ndarray:
 def read_squares(files: list[Path], title: str) -> Iterator[tuple[Path, np.ndarray]]:
     """Read photos on all cores, in order; what cannot be read is named on stderr."""
     bar = tqdm(total=len(files), desc=title, leave=False, disable=len(files) < 2 or None)
-    with ThreadPoolExecutor(os.cpu_count()) as threads, bar:
+    threads = ThreadPoolExecutor(os.cpu_count())
+    try:
         for start in range(0, len(files), 256):  # so many wait in memory, at most
             block = files[start : start + 256]
             jobs = [threads.submit(read_square, path) for path in block]
@@ -330,9 +352,22 @@ def read_squares(files: list[Path], title: str) -> Iterator[tuple[Path, np.ndarr
                 except InputError as error:
                     tqdm.write(f"cannot be read: {error}", file=sys.stderr)
                 bar.update()
+    finally:  # also by Ctrl-C
+        bar.close()
+        threads.shutdown(cancel_futures=True)
 
 
 # ----- device, files, errors
+def path_of(text: str) -> Path:
+    """A path as it was typed; a ~ in quotes, which the shell leaves, is the user's folder."""
+    return Path(os.path.expanduser(text))
+
+
+def quoted(path: Path) -> str:
+    """A path for a command that is printed."""
+    return f'"{path}"' if " " in str(path) else str(path)
+
+
 class InputError(Exception):
     """What the user can put right: the message says what is wrong and what helps."""
 
@@ -349,6 +384,10 @@ def one_line_errors(out_of_memory: str = "end other programs") -> Iterator[None]
 
     A KeyboardInterrupt may say what is left behind.
     """
+    for name in ("stdout", "stderr"):  # under pythonw and some services there is none
+        stream = getattr(sys, name)
+        if stream is None or stream.closed:
+            setattr(sys, name, open(os.devnull, "w"))
     if isinstance(sys.stdout, io.TextIOWrapper):  # in a notebook it is another type
         sys.stdout.reconfigure(errors="backslashreplace")  # for letters that the console lacks
     try:
@@ -457,6 +496,8 @@ def load_tensors(path: Path) -> dict[str, Any]:
     """What torch.save wrote, on the CPU: tensors and plain values, no code."""
     if not path.exists():
         raise InputError(f"there is no {path}; train.py makes it")
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; give the file {path / 'AlexNet.pth'}")
     with open(path, "rb") as file:
         try:
             return dict(torch.load(file, map_location="cpu", weights_only=True))
@@ -477,6 +518,8 @@ def load_network(path: Path) -> AlexNet:
         net.load_state_dict(state, assign=True)
     except Exception as error:  # a foreign file may raise any type
         raise InputError(f"{path} is no AlexNet.pth of train.py") from error
+    if not all(x.isfinite().all() for x in net.state_dict().values()):
+        raise InputError(f"{path} holds numbers that are not finite; train anew with a lower --lr")
     return net.float().eval()
 
 

@@ -17,7 +17,7 @@ import torchvision.transforms.v2.functional as TF
 from benchmark import stock_alexnet
 from conftest import full_disk
 from draw_flowers import draw_flower
-from PIL import Image, features
+from PIL import Image, PngImagePlugin, features
 from torch import Tensor, nn
 
 import alexnet
@@ -215,6 +215,36 @@ def test_what_is_no_picture_is_refused_in_a_sentence(tmp_path, monkeypatch):
         with pytest.raises(InputError, match=rf"^{re.escape(str(path))}: [^\n]+$") as caught:
             read_image(path)
         assert ("too large" in str(caught.value)) == (path.name in ("bomb.jpg", "cut.jpg"))
+
+
+def test_an_alpha_channel_of_zeros_alone_means_nothing(tmp_path):
+    image = Image.new("RGBA", (20, 10), (200, 40, 10, 0))
+    assert reread(tmp_path, image).getpixel((3, 1)) == (200, 40, 10)
+    image.putpixel((0, 0), (0, 0, 0, 1))
+    assert reread(tmp_path, image).getpixel((3, 1)) == (255, 255, 255)
+
+
+def test_a_png_may_hold_megabytes_of_text(tmp_path):
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt("XML:com.adobe.xmp", " " * 2_000_000, zip=True)
+    assert reread(tmp_path, Image.new("RGB", (20, 10), "red"), pnginfo=info).size == (20, 10)
+
+
+def test_ctrl_c_does_not_wait_for_the_photos_that_are_left(tmp_path, monkeypatch):
+    def read(path: Path) -> np.ndarray:
+        started.append(path)
+        if len(started) > 1:
+            time.sleep(0.2)
+        return np.zeros(1)
+
+    started: list[Path] = []
+    monkeypatch.setattr(alexnet, "read_square", read)
+    photos = alexnet.read_squares([tmp_path] * 200, "reading")
+    with pytest.raises(KeyboardInterrupt):
+        for _ in photos:
+            raise KeyboardInterrupt
+    photos.close()
+    assert len(started) < 100
 
 
 @pytest.mark.parametrize("kind", alexnet.FORMATS)
