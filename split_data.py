@@ -9,16 +9,19 @@ never moved; identical ones go to one side, unreadable ones are left out and nam
 replaced: an --output that holds something else is refused.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import socket
 import sys
+import tarfile
 import zipfile
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
-from collections.abc import Iterable
+from collections import Counter
 from http.client import HTTPException
 from itertools import groupby
 from pathlib import Path
@@ -28,11 +31,14 @@ import torch.hub
 from tqdm import tqdm
 
 import alexnet
-from alexnet import InputError, class_of
+from alexnet import InputError, class_of, listed, path_of, quoted
 
 # Of TensorFlow's examples: 3,670 photos, 5 classes, CC BY 2.0, 229 MB.
 ARCHIVE = Path("flower_photos.tgz")
 URL = "https://storage.googleapis.com/download.tensorflow.org/example_images/flower_photos.tgz"
+ZIP_UTF8 = 0x800  # the flag of a name
+# Folders of a set that is split already: train, test1, valid_images.
+SIDE = re.compile(r"(train|val|valid|test)(ing|idation)?[\W_]*(\d*|data|images|set)", re.IGNORECASE)
 SHA256 = "4c54ace7911aaffe13a365c34f650e71dd5bf1be0a58b464e5a7183e3e595d9c"
 
 
@@ -53,7 +59,8 @@ def main(argv: list[str] | None = None) -> int:
             split(args, scratch, output)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
-        print(f"the split is in {args.output}; now run `python train.py --data {args.output}`")
+        train = f"python train.py --data {quoted(args.output)}"
+        print(f"the split is in {args.output}; now run `{train}`")
     return 0
 
 
@@ -64,13 +71,14 @@ def split(args: Namespace, scratch: Path, output: Path) -> None:
         folder = unpack(args.source, scratch / "photos")
         shown = args.source.with_suffix("")  # where the user would unpack it
     files = alexnet.visible_files(folder)
-    source = find_classes(folder, filter(alexnet.is_picture, files))
+    pictures = list(filter(alexnet.is_picture, files))
+    source = find_classes(folder, pictures)
     shown /= source.relative_to(folder)
     if source != folder and shown.exists():  # of an archive this is no surprise
         print(f"the classes are the folders in {shown}")
 
     photos = alexnet.list_photos(source, [path for path in files if source in path.parents])
-    check_classes(photos, shown)
+    check_classes(photos, shown, hint_of(pictures))
     digests = check_photos(source, photos)
 
     rates = {"val": args.val_rate, "test": args.test_rate}
@@ -114,10 +122,16 @@ def unpack(archive: Path, folder: Path) -> Path:
     """Unpack a .tgz, .tar or .zip into the new `folder`; returns that."""
     folder.mkdir()
     try:
-        if archive.suffix == ".zip":
+        if archive.suffix.lower() == ".zip" or zipfile.is_zipfile(archive):
             unpack_zip(archive, folder)
         else:
-            shutil.unpack_archive(archive, folder, filter="data")
+            with tarfile.open(archive) as file:
+                file.extractall(folder, filter="data")
+        for path in folder.rglob("*"):
+            path.name.encode()
+    except UnicodeError as error:  # rather than names that nobody typed
+        way = "unpack it by hand, and give the folder as --source"
+        raise InputError(f"names in {archive} are not Unicode; {way}") from error
     except Exception as error:  # the decompressors raise almost any type
         way = f"cannot be unpacked ({error}); give what it holds, unpacked, as --source"
         raise InputError(f"{archive} is no folder, and {way}") from error
@@ -127,14 +141,22 @@ def unpack(archive: Path, folder: Path) -> Path:
 def unpack_zip(archive: Path, folder: Path) -> None:
     """Unpack all that a .zip holds; names that lead out of the folder lose their ".."."""
     with zipfile.ZipFile(archive) as file:
-        file.extractall(folder)
-        n_files = sum(not member.is_dir() for member in file.infolist())
+        n_files = 0
+        for member in file.infolist():
+            # Without a flag that says UTF-8 a name was read as code page 437. From a Mac it is
+            # UTF-8 nevertheless. Some programs of Windows write backslashes.
+            if not member.flag_bits & ZIP_UTF8:
+                with contextlib.suppress(UnicodeEncodeError):  # told by another field of the file
+                    member.filename = member.filename.encode("cp437").decode()
+            member.filename = member.filename.replace("\\", "/")
+            file.extract(member, folder)
+            n_files += not member.is_dir()
     lost = n_files - sum(path.is_file() for path in folder.rglob("*"))
     if lost:
         raise ValueError(f"{lost} of its files have the names of others")
 
 
-def find_classes(folder: Path, pictures: Iterable[Path]) -> Path:
+def find_classes(folder: Path, pictures: list[Path]) -> Path:
     """The folder of the class folders: the one given, or the only one deeper in it."""
     places = [path.relative_to(folder).parts[:-1] for path in pictures]
     while True:
@@ -149,49 +171,72 @@ def find_classes(folder: Path, pictures: Iterable[Path]) -> Path:
         folder /= inner.pop()
 
 
-def check_classes(photos: list[str], folder: Path) -> None:
-    """Refuse what is split already, what holds a copy of itself, and a single class."""
-    folders_in: dict[str, set[str]] = {}  # of each class
+def check_classes(photos: list[str], folder: Path, hint: str) -> None:
+    """Refuse folders that are no classes, and a single class."""
+    folders_in: dict[str, set[str]] = {}  # the folders in each class, at any depth
     for name in photos:
-        label, *rest = name.split("/")
-        folders_in.setdefault(label, set()).update(rest[:-1][:1])
+        label, *inner = name.split("/")[:-1]
+        folders_in.setdefault(label, set()).update(inner)
+    way = (
+        "at least 2 are needed: one folder per class, with .jpg, .png or other photos in it" + hint
+    )
 
-    names = {label.lower(): label for label in folders_in}
-    train = names.get("train") or names.get("training")
-    held_out = [names[x] for x in (*alexnet.VAL_FOLDERS, "test", "testing") if x in names]
+    sides = list(filter(SIDE.fullmatch, folders_in))
+    train = next((side for side in sides if side.lower().startswith("train")), None)
+    held_out = [side for side in sides if side != train]
+    if train and held_out and not folders_in[train]:
+        raise InputError(f"{folder} holds {train} and {held_out[0]}, which are no classes; {way}")
     if train and held_out:
+        do = f"`--source {quoted(folder / train)}` splits that, predict.py tests on {held_out[0]}"
+        if train == "train" and set(held_out).intersection(alexnet.VAL_FOLDERS):
+            do = f"`python train.py --data {quoted(folder)}` takes it as it is"
         unpack_it = "" if folder.exists() else "unpack it, "
-        way = f"`--source {folder / train}` splits that, predict.py tests on {held_out[0]}"
-        if train == "train" and held_out[0] in alexnet.VAL_FOLDERS:
-            way = f"`python train.py --data {folder}` takes it as it is"
-        raise InputError(f"{folder} is split already: {unpack_it}{way}")
+        raise InputError(f"{folder} is split already: {unpack_it}{do}")
 
-    for label, folders in folders_in.items():
-        if len(folders & folders_in.keys()) > 1:
-            way = "remove it, or give it as --source"
-            raise InputError(f"{folder / label} seems to be a copy of all classes: {way}")
+    for label, inner in folders_in.items():
+        if len(inner & folders_in.keys()) > 1:
+            do = "remove it, or give it as --source"
+            raise InputError(f"{folder / label} seems to be a copy of all classes: {do}")
+
+    common = set.intersection(*folders_in.values()) if folders_in else set()
+    if len(common) > 1:  # as under folders of days, cameras or persons
+        found = f"all folders of {folder} hold the same folders, {listed(sorted(common))}"
+        do = "if these are the classes, join all photos of each in one folder"
+        raise InputError(f"{found}: {do}; if not, put a class's photos directly into its folder")
 
     if len(folders_in) < 2:
-        found = f"{folder} has photos of {len(folders_in)} classes"
-        way = "at least 2 are needed: one folder per class, with .jpg, .png or other photos"
-        raise InputError(f"{found}, and {way}")
+        raise InputError(f"{folder} has photos of {len(folders_in)} classes, and {way}")
+
+
+def hint_of(pictures: list[Path]) -> str:
+    """What the names of files tell, where folders tell no class: cat.0.jpg, dog.0.jpg."""
+    words = Counter(re.match(r"[^\W\d_]*", path.name)[0] for path in pictures)
+    common = sorted(word for word, n in words.items() if word and n > 1)
+    if not 1 < len(common) <= 10:
+        return ""
+    return f"; names of files begin with {listed(common)}: are these the classes?"
 
 
 def check_photos(source: Path, photos: list[str]) -> dict[str, str]:
     """{photo: SHA-256} of those that can be read; names what is there twice."""
     digests, first = {}, {}  # {photo: digest}, {digest: its first photo}
+    conflicts, copies = [], []
     for path, _ in alexnet.read_squares([source / name for name in photos], "checking"):
         name = path.relative_to(source).as_posix()
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         digests[name] = digest
         original = first.setdefault(digest, name)
         if class_of(original) != class_of(name):
-            print(f"conflict, one photo under two classes: {original} = {name}")
+            conflicts.append(f"{original} = {name}")
         elif original != name:
-            print(f"the same photo twice, kept on one side: {original} = {name}")
+            copies.append(f"{original} = {name}")
+    if conflicts:
+        print(f"conflict, one photo under two classes: {listed(conflicts)}")
+    if copies:
+        print(f"the same photo twice, kept on one side: {listed(copies)}")
     unreadable = {*map(class_of, photos)}.difference(map(class_of, digests))
     if unreadable:
-        names = ", ".join(sorted(unreadable))
+        names = listed(sorted(unreadable))
         raise InputError(f"no photo can be read of {names}; remove these folders")
     return digests
 
@@ -215,7 +260,7 @@ def assign_sides(digests: dict[str, str], rates: dict[str, float], seed: int) ->
         sides += ["train"] * len(drawn)
         side_of.update(zip(drawn, sides, strict=False))
     if too_few:
-        found = f"too few different photos for every side: {', '.join(too_few)}"
+        found = f"too few different photos for every side: {listed(too_few)}"
         way = "add photos, remove these folders, or change --val-rate and --test-rate"
         raise InputError(f"{found}; {way}")
     return {name: side_of[digest] for name, digest in digests.items()}
@@ -258,8 +303,8 @@ def parse_args(argv: list[str] | None) -> Namespace:
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     add = parser.add_argument
     source = "folder of class folders, or .tgz, .tar or .zip of one (default: the flower photos)"
-    add("--source", type=Path, default=ARCHIVE, help=source)
-    add("--output", type=Path, default=Path("data"), help="the folder to make (default: data)")
+    add("--source", type=path_of, default=ARCHIVE, help=source)
+    add("--output", type=path_of, default=Path("data"), help="the folder to make (default: data)")
     add("--val-rate", type=float, default=0.1, help="share to watch training on (default: 0.1)")
     add("--test-rate", type=float, default=0.0, help="share set aside for a test (default: 0)")
     add("--seed", type=int, default=0, help="another seed draws another split (default: 0)")

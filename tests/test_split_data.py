@@ -120,9 +120,20 @@ def test_what_is_no_photo_is_left_out_and_named(twelve, tmp_path, capsys):
     assert "no photo can be read of c, empty;" in refusal(twelve, tmp_path / "other")
 
 
-def test_a_folder_that_may_not_be_read_is_no_empty_one(twelve, tmp_path, monkeypatch):
-    monkeypatch.setattr(Path, "iterdir", Mock(side_effect=PermissionError(13, "not allowed")))
-    assert "not allowed" in refusal(twelve, tmp_path / "data")
+def test_a_folder_that_may_not_be_read_is_no_empty_one(twelve, tmp_path, monkeypatch, capsys):
+    def iterdir(path: Path) -> Iterator[Path]:
+        if path in closed:
+            raise PermissionError(13, "not allowed")
+        return whole(path)
+
+    whole, closed = Path.iterdir, [twelve / "a" / "inner"]
+    shutil.copytree(twelve / "b", twelve / "a" / "inner")
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    assert len(split(twelve, tmp_path / "data")) == 23
+    told = f"skipped, it may not be read: {closed[0]} (not allowed)"
+    assert told in capsys.readouterr().err
+    closed.append(twelve)
+    assert "not allowed" in refusal(twelve, tmp_path / "other")
 
 
 def test_names_that_are_no_unicode_and_linked_folders_and_photos_are_read(tmp_path):
@@ -194,6 +205,43 @@ def test_classes_with_too_few_photos_are_named_in_one_line(tmp_path, val, test):
     assert "copies (1), few (" in message and "many" not in message
 
 
+def test_folders_that_hold_the_classes_again_and_again_are_no_classes(twelve, tmp_path):
+    for day in ("2024-05-01", "2024-05-02"):
+        for label in ("a", "b"):
+            shutil.copytree(twelve / label, tmp_path / "days" / day / "north" / label)
+    message = refusal(tmp_path / "days", tmp_path / "data")
+    assert "all folders of" in message and "hold the same folders, a, b, north:" in message
+    for label in ("a", "b"):  # one folder that comes again says nothing
+        (twelve / label).rename(tmp_path / label)
+        (twelve / label).mkdir()
+        (tmp_path / label).rename(twelve / label / "images")
+    assert len(split(twelve, tmp_path / "data")) == 23
+
+
+def test_classes_in_the_names_of_files_are_told(twelve, tmp_path):
+    flat = tmp_path / "flat"
+    (flat / "train").mkdir(parents=True)
+    (flat / "test1").mkdir()
+    for i, path in enumerate(sorted((twelve / "a").iterdir())):
+        shutil.copy(path, flat / "train" / f"{'cat' if i % 2 else 'dog'}.{i}.jpg")
+        shutil.copy(path, flat / "test1" / f"{i}.jpg")
+    message = refusal(flat, tmp_path / "data")
+    assert "holds train and test1, which are no classes" in message
+    for source in (flat, flat / "train"):
+        hint = "names of files begin with cat, dog: are these the classes?"
+        assert refusal(source, tmp_path / "data").endswith(hint)
+
+
+def test_what_a_system_keeps_for_itself_is_no_photo(twelve, tmp_path, capsys):
+    files = split(twelve, tmp_path / "clean")
+    for name in ("@eaDir/00.jpg", "a/@eaDir/00.jpg", "$RECYCLE.BIN/x", "lost+found", "__MACOSX/a"):
+        (twelve / name).mkdir(parents=True)
+        shutil.copy(twelve / "a" / "01.jpg", twelve / name / "SYNOPHOTO_THUMB_M.jpg")
+    capsys.readouterr()
+    assert split(twelve, tmp_path / "data") == files
+    assert "skipped" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("val, test", ["00", "10", ("-1", "0"), (".6", ".4"), ("nan", "0")])
 def test_rates_that_make_no_sense(capsys, val, test):
     with pytest.raises(SystemExit) as caught:
@@ -203,12 +251,12 @@ def test_rates_that_make_no_sense(capsys, val, test):
 
 def pack(path: Path, files: dict[str, bytes]) -> Path:
     """An archive of those files."""
-    if path.suffix == ".zip":
+    if path.suffix.lower() == ".zip":
         with zipfile.ZipFile(path, "w") as archive:
             for name, data in files.items():
                 archive.writestr(name, data)
         return path
-    with tarfile.open(path, "w:gz" if path.suffix == ".tgz" else "w") as archive:
+    with tarfile.open(path, "w:gz" if path.suffix.lower() == ".tgz" else "w") as archive:
         for name, data in files.items():
             info = tarfile.TarInfo(name)
             info.size = len(data)
@@ -216,7 +264,7 @@ def pack(path: Path, files: dict[str, bytes]) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", ["x.tgz", "x.tar", "x.zip"])
+@pytest.mark.parametrize("name", ["x.tgz", "x.tar", "x.zip", "X.ZIP", "x.TGZ"])
 @pytest.mark.parametrize("top", ["", "./", "flowers/"])
 def test_an_archive_is_a_source_too(twelve, tmp_path, name, top):
     files = {f"{top}{name}": data for name, data in contents(twelve).items()}
@@ -248,6 +296,49 @@ def test_an_archive_writes_nothing_outside_its_folder(twelve, tmp_path):
     assert not [*tmp_path.parent.glob("*/evil.jpg"), *tmp_path.glob("a")]
     archive = pack(tmp_path / "twice.zip", photos | {"../a/00.jpg": jpeg, "/a/00.jpg": jpeg})
     assert "2 of its files have the names of others" in refusal(archive, tmp_path / "other")
+
+
+class OldInfo(zipfile.ZipInfo):
+    """A member whose name is in another encoding, and has no flag that tells which."""
+
+    def __init__(self, name: str, encoding: str) -> None:
+        super().__init__(name)
+        self.filename, self.encoding = name, encoding  # as it is: a backslash, too
+
+    def _encodeFilenameFlags(self) -> tuple[bytes, int]:
+        return self.filename.encode(self.encoding), self.flag_bits & ~0x800
+
+
+def test_names_in_a_zip_are_what_was_typed_or_it_is_refused(twelve, tmp_path):
+    files = contents(twelve)
+    for label, encoding, ok in (("p\u00e2t\u00e9", "utf-8", True), ("\u8349", "gbk", False)):
+        archive = tmp_path / f"{encoding}.zip"
+        with zipfile.ZipFile(archive, "w") as file:
+            for name, data in files.items():
+                member = OldInfo(f"photos/{name}".replace("/a/", f"/{label}/"), encoding)
+                member.filename = member.filename.replace("/", "\\")
+                file.writestr(member, data)
+        if ok:
+            names = split(archive, tmp_path / "data")
+            assert {name.split("/")[1] for name in names if "/" in name} == {label, "b"}
+        else:
+            assert "names in" in refusal(archive, tmp_path / "x")
+    archive = pack(tmp_path / "old.tar", {"\udcb2/1.jpg": b"x"})
+    assert "are not Unicode; unpack it by hand" in refusal(archive, tmp_path / "x")
+
+
+def test_long_lists_and_blanks_in_names_stay_readable(twelve, tmp_path, monkeypatch, capsys):
+    for i in range(30):
+        shutil.copy(twelve / "a" / "00.jpg", twelve / "a" / f"copy{i}.jpg")
+        (twelve / f"odd.{i}").write_text("x")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    argv = ["--source", "~/photos", "--output", "~/my data"]
+    assert split_data.main(argv) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].count(",") == 12 and lines[0].endswith("and 20 more")
+    assert lines[1].count("=") == 10 and lines[1].endswith("and 20 more")
+    assert lines[-1].endswith(f'`python train.py --data "{tmp_path / "my data"}"`')
 
 
 def test_a_source_that_is_none_is_named(twelve, tmp_path):
