@@ -5,9 +5,10 @@
     python predict.py data/val                         # a table, the accuracy, a confusion matrix
     python predict.py data/val --json > answers.jsonl  # one JSON object a line
 
-The innermost folder named like a class tells a photo's true class. A table begins with the surest
-wrong answers, where wrong labels show. A file that is no picture is named on stderr, the others
-are answered, and the exit status is 1.
+A photo's true class is told by the innermost folder named like one, up to the folder given here; of
+a photo given here, by its own folder. A table begins with the surest wrong answers, where wrong
+labels show. A file that is no picture is named on stderr, the others are answered, and the exit
+status is 1.
 """
 
 import glob
@@ -33,7 +34,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 import alexnet
-from alexnet import AlexNet, InputError, image_files
+from alexnet import AlexNet, InputError, image_files, path_of
 
 NEAREST = 6  # training photos that --similar finds for each
 MOST_DRAWN = 24  # photos in a figure, at most
@@ -67,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
         training = files_of(args.similar) if args.similar else []
         check_figures(args, [*files, *training, args.weights])
 
-        answers = predict(net, classes, files, args.views == "ten", args.top_k)
+        answers = predict(net, classes, files, args)
         if args.similar:
             answers = find_similar(net, list(answers), training)
         if args.json:
@@ -87,17 +88,22 @@ def files_of(path: Path) -> list[Path]:
         return files
     if path.exists():
         return [path]
-    matches = sorted(map(Path, glob.glob(str(path))))
-    return matches or [path]  # a file that is missing is named when it is read
+    if path.parent.is_dir():  # whose name may hold brackets that are no pattern
+        matches = path.parent.glob(path.name)
+    else:
+        matches = map(Path, glob.glob(str(path)))
+    return sorted(matches) or [path]  # a file that is missing is named when it is read
 
 
 def check_figures(args: Namespace, read: list[Path]) -> None:
-    """Refuse to write a figure over a file that is read, however it is spelled."""
-    figures = [] if args.json else figures_of(args)
-    for figure in filter(Path.exists, figures):
-        if any(path.exists() and path.samefile(figure) for path in read):
-            way = "give another name by --save, or start this in another folder"
+    """Refuse to write a figure over a file that is read, or among the photos of a folder."""
+    way = "give another name by --save, or start this in another folder"
+    folders = [path.resolve() for path in [*args.photos, args.similar] if path and path.is_dir()]
+    for figure in [] if args.json else figures_of(args):
+        if figure.exists() and any(path.exists() and path.samefile(figure) for path in read):
             raise InputError(f"the figure {figure} would replace a file that is read: {way}")
+        if set(folders).intersection(figure.resolve().parents):
+            raise InputError(f"the figure {figure} would lie among the photos: {way}")
 
 
 def figures_of(args: Namespace) -> list[Path]:
@@ -118,12 +124,12 @@ def read_batches(files: list[Path], net: AlexNet) -> Iterator[tuple[list[Path], 
 
 # ----- the answers
 def predict(
-    net: AlexNet, classes: list[str], files: list[Path], ten_views: bool, top_k: int
+    net: AlexNet, classes: list[str], files: list[Path], args: Namespace
 ) -> Iterator[Answer]:
     """Answer photo by photo, in the order of the files."""
     for paths, images in read_batches(files, net):
-        probabilities = alexnet.predict_probabilities(net, images, ten_views)
-        best = probabilities.cpu().topk(min(top_k, len(classes)))
+        probabilities = alexnet.predict_probabilities(net, images, args.views == "ten")
+        best = probabilities.cpu().topk(min(args.top_k, len(classes)))
         values, indices = best.values.tolist(), best.indices.tolist()
         for number, path in enumerate(paths):
             top = [
@@ -131,15 +137,21 @@ def predict(
                 for i, p in zip(indices[number], values[number], strict=True)
             ]
             answer = {"path": str(path), **top[0], "top": top}
-            if true_class := true_class_of(path, classes):
+            if true_class := true_class_of(path, args.photos, classes):
                 answer["true_class"] = true_class
             yield answer
 
 
-def true_class_of(path: Path, classes: list[str]) -> str | None:
-    """The innermost folder of a photo that is named like a class."""
-    folders = (alexnet.class_of(folder.name) for folder in path.absolute().parents)
-    return next((name for name in folders if name in classes), None)
+def true_class_of(path: Path, given: list[Path], classes: list[str]) -> str | None:
+    """The innermost folder named like a class, up to the one given; of a photo given, its own."""
+    names = []
+    for folder in path.parents:
+        names.append(alexnet.class_of(os.path.basename(os.path.abspath(folder))))
+        if folder in given:
+            break
+    else:
+        names = names[:1]
+    return next((name for name in names if name in classes), None)
 
 
 @torch.inference_mode()
@@ -342,16 +354,16 @@ def draw_confusion(known: list[Answer], classes: list[str]) -> Figure:
 def parse_args(argv: list[str] | None) -> Namespace:
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("photos", nargs="+", type=Path, metavar="PHOTO", help="photos, or folders of photos")
-    add("--weights", type=Path, default=Path("AlexNet.pth"), help="(default: AlexNet.pth)")
+    add("photos", nargs="+", type=path_of, metavar="PHOTO", help="photos, or folders of photos")
+    add("--weights", type=path_of, default=Path("AlexNet.pth"), help="(default: AlexNet.pth)")
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: the fastest there is)")
     views = "the centre, or the mean of ten (default: ten for photos, center for folders)"
     add("--views", choices=("center", "ten"), help=views)
     add("--top-k", type=int, default=5, help="classes told of a photo (default: 5)")
-    add("--similar", type=Path, metavar="FOLDER", help="find the photos in it most like these")
+    add("--similar", type=path_of, metavar="FOLDER", help="find the photos in it most like these")
     add("--json", action="store_true", help="print one JSON object a line, and draw nothing")
     save = f"draw the photos, {MOST_DRAWN} at most, into this .png, .pdf or .svg, not a window"
-    add("--save", type=Path, metavar="FILE", help=save)
+    add("--save", type=path_of, metavar="FILE", help=save)
     args = parser.parse_args(argv)
     args.any_folder = any(path.is_dir() for path in args.photos)
     args.views = args.views or ("center" if args.any_folder else "ten")

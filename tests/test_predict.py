@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -136,13 +137,17 @@ def test_patterns_are_expanded_and_the_innermost_class_folder_is_true(answer, ph
     Path("AlexNet.pth").symlink_to(trained / "AlexNet.pth")
     index = {"0": "daisy", "1": "rose\u0301", "2": "tulips"}  # as another program may write it
     Path("class_idx.json").write_text(json.dumps(index))
-    folder = Path("tulips", "rose\u0301", "2019")  # the same name, as macOS may write it
+    folder = Path("tulips", "rose\u0301", "2019 [x]")  # the same name, as macOS may write it
     folder.mkdir(parents=True)
-    for path in (folder / "2.jpg", folder / "1.jpg", folder / "[1].jpg", "3.jpg"):
+    for path in (folder / "2.jpg", folder / "1.jpg", folder / "[1].jpg", "3.jpg", "tulips/4.jpg"):
         shutil.copy(photo, path)
+    given = ["1.jpg", "2.jpg", "[1].jpg"]
     for pattern, names, true_class in (
-        (folder / "?.jpg", ["1.jpg", "2.jpg"], "ros\u00e9"),
-        (folder / "[1].jpg", ["[1].jpg"], "ros\u00e9"),
+        (folder, given, None),  # classes above what was given do not count
+        (folder.parent, given, "ros\u00e9"),
+        (folder / "?.jpg", ["1.jpg", "2.jpg"], None),
+        (folder / "[1].jpg", ["[1].jpg"], None),
+        ("tul*/?.jpg", ["4.jpg"], "tulips"),
         ("3.jpg", ["3.jpg"], None),
     ):
         _, out, _ = answer(pattern, "--json", "--weights", "AlexNet.pth")
@@ -275,6 +280,19 @@ def test_no_figure_replaces_what_is_read(answer, trained, photo, data):
     }  # fmt: skip
 
 
+def test_no_figure_lies_among_the_photos(trained, photo, monkeypatch):
+    shutil.copytree(photo.parent, "photos")
+    before = sorted(os.listdir("photos"))
+    weights = ("--weights", trained / "AlexNet.pth")
+    message = error_of(predict.main, "photos", "--save", "photos/all.png", *weights)
+    assert "would lie among the photos" in message
+    monkeypatch.chdir("photos")
+    for argv in (["."], [before[0], "--similar", ".."]):
+        assert "among the photos" in error_of(predict.main, *argv, *weights)
+    assert predict.main([".", "--json", *map(str, weights)]) == 0
+    assert sorted(os.listdir()) == before
+
+
 def test_hidden_photos_are_left_out_and_named(answer, photo):
     for name in ("photos/1.jpg", "photos/.old/1.jpg", "photos/.old/2.jpg", "photos/._1.jpg"):
         Path(name).parent.mkdir(parents=True, exist_ok=True)
@@ -307,6 +325,16 @@ def test_a_class_list_that_does_not_fit(trained, photo):
     for content in ('{"0": "a", "1": "b"}', "[]", '{"0": "a", "1": "b", "3": "c"}', "[[1", "3"):
         Path("class_idx.json").write_text(content)
         assert "class_idx.json" in error_of(predict.main, photo)
+
+
+def test_weights_that_cannot_answer_are_named(trained, photo):
+    folder = error_of(predict.main, photo, "--weights", trained)
+    assert f"is a folder; give the file {trained / 'AlexNet.pth'}" in folder
+    state = torch.load(trained / "AlexNet.pth")
+    state["classifier.6.bias"][0] = float("nan")
+    torch.save(state, "broken.pth")
+    shutil.copy(trained / "class_idx.json", ".")
+    assert "not finite" in error_of(predict.main, photo, "--weights", "broken.pth")
 
 
 def test_out_of_memory_names_the_option_that_helps(trained, photo, monkeypatch):
