@@ -30,7 +30,7 @@ from argparse import (
     Namespace,
     RawDescriptionHelpFormatter,
 )
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,12 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 
 import alexnet
-from alexnet import CROP_SIZE, IMAGE_SIZE, AlexNet, InputError, replacing
+from alexnet import CROP_SIZE, IMAGE_SIZE, AlexNet, InputError, listed, path_of, quoted, replacing
+
+if os.name == "nt":
+    import msvcrt
+else:
+    import fcntl
 
 WARMUP_EPOCHS = 3  # the learning rate rises from 0 to --lr over these
 RAMP_EPOCHS = 60  # --rotation and --jitter grow from 0 over these; at once, they slow the start
@@ -73,6 +78,7 @@ LINE = (
     "{epoch:5} {lr:8.2g}   {train_loss:10.4f}  {train_accuracy:8.4f}   "
     "{val_loss:8.4f}  {val_accuracy:8.4f}   {seconds:7.1f}  {images_per_second:8.1f}"
 )
+TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 CUTMIX, MIXUP = CutMix(), MixUp(alpha=0.2)
 
 # torch warns that a tensor could write to the read-only file of decoded photos; none does.
@@ -95,21 +101,21 @@ def main(argv: list[str] | None = None) -> int:
             args = parse_args(argv, checkpoint["options"])
         else:
             prepare_output(args)
+        with only_run_in(args.output):
+            train_set, val_set = open_photos(args)
+            run = Run(args, device, train_set, val_set)
+            print_setup(run)
+            if checkpoint:
+                resume(run, checkpoint)
+                checkpoint = None  # it takes 0.7 GB
+            elif args.init:
+                start_from(run)
 
-        train_set, val_set = open_photos(args)
-        run = Run(args, device, train_set, val_set)
-        print_setup(run)
-        if checkpoint:
-            resume(run, checkpoint)
-            checkpoint = None  # it takes 0.7 GB
-        elif args.init:
-            start_from(run)
-
-        if is_finished(run):
-            print(f"this run has ended, after epoch {len(run.history)}: nothing is left to do")
-        else:
-            train(run)
-            report(run)
+            if is_finished(run):
+                print(f"this run has ended, after epoch {len(run.history)}: nothing is left to do")
+            else:
+                train(run)
+                report(run)
         disconnect_processes()
     return 0
 
@@ -126,8 +132,8 @@ def parse_args(argv: list[str] | None, kept: dict[str, Any] | None = None) -> Na
 
     # A resumed run may have other values of these.
     add = parser.add_argument
-    add("--data", type=Path, default="data", help="the folder that split_data.py made")
-    add("--output", type=Path, default=".", help="the folder to write into")
+    add("--data", type=path_of, default="data", help="the folder that split_data.py made")
+    add("--output", type=path_of, default=".", help="the folder to write into")
     either = parser.add_mutually_exclusive_group().add_argument
     either("--resume", action="store_true", help="go on with the run in --output, by its options")
     either("--overwrite", action="store_true", help="replace the run in --output")
@@ -225,6 +231,33 @@ def prepare_output(args: Namespace) -> None:
     args.output.mkdir(parents=True, exist_ok=True)
 
 
+@contextlib.contextmanager
+def only_run_in(output: Path) -> Iterator[None]:
+    """Keep other runs out of the folder; raises InputError if there is one.
+
+    The system locks an open file for this process, and unlocks it with its end, however that comes.
+    """
+    if get_rank() > 0:  # process 0 locks it for all
+        yield
+        return
+    path = output / "train.lock"
+    with open(path, "w") as file:
+        try:
+            if os.name == "nt":
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            else:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise InputError(f"another run writes to {output}; choose another --output") from None
+        except OSError:
+            pass  # on a drive that has no locks
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # Windows keeps a file that is in use
+                path.unlink()
+
+
 def load_checkpoint(args: Namespace) -> dict[str, Any]:
     """What last.pt holds; raises InputError if that is not this program's."""
     last = args.output / "last.pt"
@@ -257,7 +290,7 @@ class Photos:
             raise InputError(f"{folder} has photos of {len(set(labels))} classes, and 2 are needed")
         if unknown := sorted(set(labels).difference(self.classes)):
             way = "remove it, or put photos of it into train"
-            raise InputError(f"{folder} has a class that train lacks, {', '.join(unknown)}: {way}")
+            raise InputError(f"{folder} has a class that train lacks, {listed(unknown)}: {way}")
 
         index = {label: i for i, label in enumerate(self.classes)}
         self.labels = torch.tensor([index[label] for label in labels])  # int64 (N,)
@@ -272,6 +305,7 @@ class Photos:
         facts = repr([alexnet.READER, self.digest, *(stat.st_mtime_ns for stat in stats)])
         version = hashlib.sha256(facts.encode()).hexdigest()[:12]
         self.cache = folder.parent / f"{folder.name}-{version}.npy"
+        self.changed = max(stat.st_ctime_ns for stat in stats)  # even where times were set back
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -281,10 +315,13 @@ class Photos:
         cache = self.cache
         if not cache.exists() and not os.access(cache.parent, os.W_OK):
             cache = output / cache.name
-        if not cache.exists():
+        if not cache.exists() or cache.stat().st_ctime_ns < self.changed:
             write_pixels(cache, self.files)
-        # Mapped read-only ("r"), the file may be larger than the memory.
-        self.pixels = torch.from_numpy(np.load(cache, mmap_mode="r"))
+        try:  # mapped read-only ("r"), the file may be larger than the memory
+            pixels = np.load(cache, mmap_mode="r")
+        except OSError:  # some network drives allow private maps only ("c")
+            pixels = np.load(cache, mmap_mode="c")
+        self.pixels = torch.from_numpy(pixels)
 
     def move_to(self, device: torch.device) -> None:
         """Keep all on a CUDA card if that takes less than a quarter of its free memory."""
@@ -860,7 +897,7 @@ def report(run: Run) -> None:
     with replacing(path.with_name("run.json")) as file:
         file.write(json.dumps(facts, indent=1).encode())
     print(f"{path}: accuracy on val {center:.4f} by center-crop, {ten:.4f} by ten-crop")
-    print(f"now classify a photo: python predict.py PHOTO --weights {path}")
+    print(f"now classify a photo: python predict.py PHOTO --weights {quoted(path)}")
 
 
 # ----- several processes, started by torchrun, one for each card
@@ -869,8 +906,13 @@ def connect_processes(device_name: str) -> torch.device:
 
     NCCL carries the gradients between CUDA cards, gloo between CPUs (and cards of Windows).
     """
-    if not os.environ.get("WORLD_SIZE"):
+    told = [name for name in TORCHRUN if os.environ.get(name)]
+    lacking = [name for name in TORCHRUN if name not in told]
+    if not {"RANK", "WORLD_SIZE"}.intersection(told):
         return alexnet.pick_device(device_name)
+    if lacking:
+        found = f"the environment has {', '.join(told)} and lacks {', '.join(lacking)}"
+        raise InputError(f"{found}; start this by torchrun, or unset the former")
     if torch.cuda.is_available() and device_name != "cpu":
         device_name = f"cuda:{os.environ['LOCAL_RANK']}"
     elif device_name == "auto":  # gloo knows no MPS
@@ -879,11 +921,17 @@ def connect_processes(device_name: str) -> torch.device:
         raise InputError(f"--device {device_name}: torchrun needs CUDA cards, or CPUs")
     device = alexnet.pick_device(device_name)
 
+    place = "{MASTER_ADDR}:{MASTER_PORT}".format(**os.environ)
+    print(f"waiting for all {os.environ['WORLD_SIZE']} processes at {place}", file=sys.stderr)
     patience = timedelta(days=1)  # decoding may take hours
-    if device.type == "cuda" and dist.is_nccl_available():  # Windows has none
-        dist.init_process_group("nccl", timeout=patience, device_id=device)
-    else:
-        dist.init_process_group("gloo", timeout=patience)
+    try:
+        if device.type == "cuda" and dist.is_nccl_available():  # Windows has none
+            dist.init_process_group("nccl", timeout=patience, device_id=device)
+        else:
+            dist.init_process_group("gloo", timeout=patience)
+    except (ValueError, RuntimeError) as error:
+        reason = str(error).split("\n")[0]
+        raise InputError(f"the processes cannot be connected: {reason}") from error
     atexit.register(leave_at_once)
     if get_rank() > 0:
         sys.stdout = open(os.devnull, "w")

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from conftest import ROOT
 
 
@@ -52,6 +53,19 @@ def test_a_console_without_the_letters_of_a_name_does_not_crash(tmp_path):
     argv = (ROOT / "split_data.py", "--source", "photos")
     result = run(*argv, cwd=tmp_path, PYTHONIOENCODING="ascii")
     assert "\\u84b2" in result.stdout and result.stderr.startswith("error: ")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="for a shell that can close streams")
+def test_without_a_console_all_is_done(photos, tmp_path):
+    command = f"{sys.executable} {ROOT / 'split_data.py'} --source {photos} --output data"
+    for number, closed in enumerate(("2>&-", ">&-", ">&- 2>&-")):
+        done = subprocess.run(
+            f"{command}{number} --val-rate 0.2 {closed}", shell=True, cwd=tmp_path
+        )
+        assert done.returncode == 0
+    train = f"{sys.executable} {ROOT / 'train.py'} --data data0 --epochs 1 --batch-size 8 >&- 2>&-"
+    assert subprocess.run(train, shell=True, cwd=tmp_path).returncode == 0
+    assert (tmp_path / "run.json").exists()
 
 
 def test_importing_a_script_runs_nothing_and_predict_starts_without_torchvision(tmp_path):

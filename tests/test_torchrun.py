@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, history_of
+from conftest import ROOT, error_of, history_of
 from PIL import Image
 from test_train import FILES, NarrowLinear
 
@@ -47,7 +47,8 @@ def test_without_cuda_processes_are_connected_on_the_cpu_alone(monkeypatch):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    places = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": "0", "WORLD_SIZE": "1"}
+    places = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_RANK": "0", "RANK": "0"}
+    places["WORLD_SIZE"] = "1"
     for name, value in places.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(
@@ -59,6 +60,20 @@ def test_without_cuda_processes_are_connected_on_the_cpu_alone(monkeypatch):
     assert device == torch.device("cpu") and torch.distributed.get_backend() == "gloo"
     train.disconnect_processes()
     assert not train.is_distributed()
+
+
+def test_what_a_cluster_left_in_the_environment_is_named(tmp_path, monkeypatch):
+    for name in train.TORCHRUN:
+        monkeypatch.setenv(name, "")
+    assert train.connect_processes("cpu") == torch.device("cpu")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    message = error_of(train.main, "--data", tmp_path)
+    assert "has RANK, WORLD_SIZE and lacks LOCAL_RANK, MASTER_ADDR, MASTER_PORT" in message
+    for name, value in {"RANK": "x", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_PORT", "1")
+    assert "cannot be connected" in error_of(train.main, "--device", "cpu", "--data", tmp_path)
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no distributed")

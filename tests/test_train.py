@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -125,6 +127,47 @@ def test_the_pack_is_made_once_and_anew_when_a_file_changes(few, tmp_path, monke
     assert len([*tmp_path.glob("*.npy")]) == 1
     monkeypatch.setattr(alexnet, "read_squares", None)  # nor need photos be read again
     assert np.array_equal(open_photos(data, tmp_path)[0].pixels, train_set.pixels)
+
+
+def test_a_photo_edited_in_place_is_decoded_anew(few, tmp_path):
+    data = copy_of(few, tmp_path / "data")
+    before, _ = open_photos(data, tmp_path)
+    path, other = data / "train/a/00.jpg", (data / "train/b/00.jpg").read_bytes()
+    stat, size = path.stat(), path.stat().st_size
+    time.sleep(0.05)  # longer than a step of a file system's clock
+    path.write_bytes(other[:size].ljust(size, b"\0"))
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    after, _ = open_photos(data, tmp_path)
+    assert before.cache == after.cache and not np.array_equal(before.pixels[0], after.pixels[0])
+
+
+def test_a_drive_without_shared_maps_is_read(few, tmp_path, monkeypatch):
+    class NoSharedMap(mmap.mmap):
+        def __new__(cls, *argv: Any, access: int = mmap.ACCESS_DEFAULT, **options: Any) -> Any:
+            if access == mmap.ACCESS_READ:
+                raise OSError(19, "No such device")
+            return super().__new__(cls, *argv, access=access, **options)
+
+    expected, _ = open_photos(few, tmp_path)
+    monkeypatch.setattr(mmap, "mmap", NoSharedMap)
+    photos, _ = open_photos(few, tmp_path)
+    assert np.array_equal(photos.pixels, expected.pixels)
+
+
+def test_two_runs_do_not_write_into_one_folder(few, tmp_path, monkeypatch):
+    output, messages = tmp_path / "run", []
+
+    def second_run(run: train.Run, batch: Tensor) -> Tensor:
+        messages.append(refusal(few, output, "--overwrite"))
+        return torch.zeros(2)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_one_batch", second_run)
+        run_train(few, output, "--epochs", "1")
+    assert {f"another run writes to {output}" in message for message in messages} == {True}
+    (output / "train.lock").touch()  # as a kill leaves it
+    run_train(few, output, "--epochs", "1", "--overwrite")
+    assert {path.name for path in output.iterdir()} == FILES
 
 
 def test_a_class_whose_name_begins_with_a_dot_is_left_out_and_named(few, tmp_path, capsys):
@@ -562,7 +605,7 @@ def test_saving_takes_a_tenth_of_the_time_at_most(few, tmp_path, monkeypatch):
 
     def evaluate(run: train.Run, net: nn.Module, ten_views: bool = False) -> tuple[float, float]:
         averages.append({name: x.clone() for name, x in net.state_dict().items()})
-        written.append({path.name for path in tmp_path.iterdir()})
+        written.append({path.name for path in tmp_path.iterdir()} - {"train.lock"})
         return results[len(averages) - 1]
 
     monkeypatch.setattr(train, "evaluate", evaluate)
