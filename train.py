@@ -112,7 +112,8 @@ def main(argv: list[str] | None = None) -> int:
                 start_from(run)
 
             if is_finished(run):
-                print(f"this run has ended, after epoch {len(run.history)}: nothing is left to do")
+                n_epochs = f"{len(run.history)} of {args.epochs} epochs"
+                print(f"this run has ended, after {n_epochs}: nothing is left to do")
             else:
                 train(run)
                 report(run)
@@ -233,9 +234,9 @@ def prepare_output(args: Namespace) -> None:
 
 @contextlib.contextmanager
 def only_run_in(output: Path) -> Iterator[None]:
-    """Keep other runs out of the folder; raises InputError if there is one.
+    """Keep other runs out of the folder; raises InputError if one is in it.
 
-    The system locks an open file for this process, and unlocks it with its end, however that comes.
+    The operating system locks an open file, and unlocks it when this process ends, however it ends.
     """
     if get_rank() > 0:  # process 0 locks it for all
         yield
@@ -580,7 +581,8 @@ def train(run: Run) -> None:
             is_best = val_loss < run.best_loss
             if is_best:
                 run.best_loss = val_loss
-                run.unsaved = run.average_on_host()
+                if get_rank() == 0:
+                    run.unsaved = run.average_on_host()
 
             mark = "  best" if is_best else ""
             print(LINE.format(**row) + mark, flush=True)

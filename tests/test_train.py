@@ -665,7 +665,7 @@ def test_ctrl_c_in_an_epoch_keeps_the_best_weights_and_changes_no_result(
 def test_the_number_of_epochs_is_kept_and_can_be_raised(two, few, tmp_path, capsys):
     output = shutil.copytree(two, tmp_path / "run")
     run_train(few, output, "--resume")
-    assert "ended, after epoch 2: nothing is left to do" in capsys.readouterr().out
+    assert "ended, after 2 of 2 epochs: nothing is left to do" in capsys.readouterr().out
     assert contents(output) == contents(two)
     run_train(few, output, "--resume", "--epochs", "4")
     assert len(history_of(output)) == 4
