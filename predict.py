@@ -357,13 +357,20 @@ def parse_args(argv: list[str] | None) -> Namespace:
     add("photos", nargs="+", type=path_of, metavar="PHOTO", help="photos, or folders of photos")
     add("--weights", type=path_of, default=Path("AlexNet.pth"), help="(default: AlexNet.pth)")
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: the fastest there is)")
-    views = "the centre, or the mean of ten (default: ten for photos, center for folders)"
-    add("--views", choices=("center", "ten"), help=views)
+    add(
+        "--views",
+        choices=("center", "ten"),
+        help="the centre, or the mean of ten (default: ten for photos, center for folders)",
+    )
     add("--top-k", type=int, default=5, help="classes told of a photo (default: 5)")
     add("--similar", type=path_of, metavar="FOLDER", help="find the photos in it most like these")
     add("--json", action="store_true", help="print one JSON object a line, and draw nothing")
-    save = f"draw the photos, {MOST_DRAWN} at most, into this .png, .pdf or .svg, not a window"
-    add("--save", type=path_of, metavar="FILE", help=save)
+    add(
+        "--save",
+        type=path_of,
+        metavar="FILE",
+        help=f"draw the photos, {MOST_DRAWN} at most, into this .png, .pdf or .svg, not a window",
+    )
     args = parser.parse_args(argv)
     args.any_folder = any(path.is_dir() for path in args.photos)
     args.views = args.views or ("center" if args.any_folder else "ten")

@@ -302,8 +302,12 @@ def copy_photos(source: Path, side_of: dict[str, str], folder: Path) -> None:
 def parse_args(argv: list[str] | None) -> Namespace:
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     add = parser.add_argument
-    source = "folder of class folders, or .tgz, .tar or .zip of one (default: the flower photos)"
-    add("--source", type=path_of, default=ARCHIVE, help=source)
+    add(
+        "--source",
+        type=path_of,
+        default=ARCHIVE,
+        help="folder of class folders, or .tgz, .tar or .zip of one (default: the flower photos)",
+    )
     add("--output", type=path_of, default=Path("data"), help="the folder to make (default: data)")
     add("--val-rate", type=float, default=0.1, help="share to watch training on (default: 0.1)")
     add("--test-rate", type=float, default=0.0, help="share set aside for a test (default: 0)")

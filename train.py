@@ -140,22 +140,21 @@ def parse_args(argv: list[str] | None, kept: dict[str, Any] | None = None) -> Na
     either("--overwrite", action="store_true", help="replace the run in --output")
     add("--accumulate", type=count, default=1, help="pieces to compute a batch in, to save memory")
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto: the fastest there is")
-    precisions = ("auto", "float32", "bfloat16", "float16")
-    auto = "auto: bfloat16 where it is native, float16 on older CUDA cards"
-    add("--precision", choices=precisions, default="auto", help=auto)
+    add(
+        "--precision",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="auto: bfloat16 where it is native, float16 on older CUDA cards",
+    )
 
     # These are stored in last.pt and restored by --resume.
     paper = ", ".join(f"{name} {value}" for name, value in PAPER.items()).replace("_", "-")
     group = parser.add_argument_group(
-        "options of a run", f"--recipe paper: {paper}, the paper's initial weights, unscaled pixels"
+        "options of a run",
+        f"--recipe paper: {paper}, the paper's initial weights, unscaled pixels",
     )
     add = group.add_argument
-    add(
-        "--recipe",
-        choices=("default", "paper"),
-        default="default",
-        help="paper: what the line above says",
-    )
+    add("--recipe", choices=("default", "paper"), default="default", help="paper: see above")
     # A str, not a Path, which last.pt could not store.
     add("--init", default="", help="an AlexNet.pth to start from; other classes: a new last layer")
     add("--epochs", type=count, default=90, help="passes over the photos; --resume takes more")
@@ -163,30 +162,70 @@ def parse_args(argv: list[str] | None, kept: dict[str, Any] | None = None) -> Na
     add("--lr", type=number_within(1e-12, 1e9), default=0.01, help="learning rate of SGD")
     add("--momentum", type=share, default=0.9, help="of SGD")
     add("--weight-decay", type=share, default=0.0005, help="of SGD")
-    average = "decay of the average of the weights, which is what is saved"
-    add("--ema", type=share, default=0.99, help=average)
+    add(
+        "--ema",
+        type=share,
+        default=0.99,
+        help="decay of the average of the weights, which is what is saved",
+    )
     add(
         "--label-smoothing",
         type=share,
         default=0.1,
         help="part of the target spread over all classes",
     )
-    patience = "divide lr by 10 after this many epochs without a 1 %% lower val loss"
-    add("--patience", type=number_within(0, 2**20), default=10, help=patience)
-    crop_area = "smallest part of a photo in a crop; 0: 224 x 224 of 256 x 256"
-    add("--crop-area", type=share, default=0.25, help=crop_area)
-    rotation = f"degrees by which crops turn at most; grows over {RAMP_EPOCHS} epochs"
-    add("--rotation", type=number_within(0.0, 180.0), default=30.0, help=rotation)
-    jitter = "largest change of brightness, contrast and saturation; grows like --rotation"
-    add("--jitter", type=share, default=0.4, help=jitter)
-    mix = "share of photos mixed with others, by CutMix and by mixup"
-    add("--mix", type=share, default=0.5, help=mix)
-    balance = "count every class alike: photos of rare ones are drawn more often, some repeatedly"
-    add("--balance", type=int, choices=(0, 1), nargs="?", const=1, default=0, help=balance)
-    groups = "2: as on the paper's two GPUs; 1: merged, for 1.4 times the time"
-    add("--groups", type=int, choices=(1, 2), default=2, help=groups)
-    seed = "of the first weights, the order of photos, augmentation and dropout"
-    add("--seed", type=number_within(0, 2**32), default=0, help=seed)
+    add(
+        "--patience",
+        type=number_within(0, 2**20),
+        default=10,
+        help="divide lr by 10 after this many epochs without a 1 %% lower val loss",
+    )
+    add(
+        "--crop-area",
+        type=share,
+        default=0.25,
+        help="smallest part of a photo in a crop; 0: 224 x 224 of 256 x 256",
+    )
+    add(
+        "--rotation",
+        type=number_within(0.0, 180.0),
+        default=30.0,
+        help=f"degrees by which crops turn at most; grows over {RAMP_EPOCHS} epochs",
+    )
+    add(
+        "--jitter",
+        type=share,
+        default=0.4,
+        help="largest change of brightness, contrast and saturation; grows like --rotation",
+    )
+    add(
+        "--mix",
+        type=share,
+        default=0.5,
+        help="part of the photos mixed with others, by CutMix and by mixup",
+    )
+    add(
+        "--balance",
+        type=int,
+        choices=(0, 1),
+        nargs="?",
+        const=1,
+        default=0,
+        help="count every class alike: photos of rare ones are drawn more often, some repeatedly",
+    )
+    add(
+        "--groups",
+        type=int,
+        choices=(1, 2),
+        default=2,
+        help="2: as on the paper's two GPUs; 1: merged, for 1.4 times the time",
+    )
+    add(
+        "--seed",
+        type=number_within(0, 2**32),
+        default=0,
+        help="of the first weights, the order of photos, augmentation and dropout",
+    )
 
     # The run to go on with, or the recipe, sets other defaults; what is typed overrides them.
     args = parser.parse_args(argv)
@@ -492,15 +531,12 @@ def name_hardware(device: torch.device, precision: torch.dtype) -> str:
 
 def print_setup(run: Run) -> None:
     """Print what is going to be trained, on what."""
-    args, counts = run.args, run.train_set.counts
+    counts = run.train_set.counts
     print(f"device   {run.hardware}")
     print(f"photos   {len(run.train_set):,} to train, {len(run.val_set):,} to val")
     print(f"classes  {len(counts)}, of {min(counts):,} to {max(counts):,} photos", end="; ")
     print(f"baseline (largest class): accuracy {max(run.class_shares):.4f}")
     print(f"network  {sum(p.numel() for p in run.net.parameters()):,} parameters")
-    if args.mix and round(args.batch_size // get_world_size() * args.mix) < 4:  # see make_batch
-        enough = get_world_size() * math.ceil(3.5 / args.mix)
-        print(f"note: too few photos for mixup; --batch-size {enough} or more trains as meant")
 
 
 def resume(run: Run, checkpoint: dict[str, Any]) -> None:
@@ -908,23 +944,23 @@ def connect_processes(device_name: str) -> torch.device:
 
     NCCL carries the gradients between CUDA cards, gloo between CPUs (and cards of Windows).
     """
-    told = [name for name in TORCHRUN if os.environ.get(name)]
-    lacking = [name for name in TORCHRUN if name not in told]
-    if not {"RANK", "WORLD_SIZE"}.intersection(told):
+    settings = {name: os.environ.get(name) for name in TORCHRUN}
+    if not settings["RANK"] and not settings["WORLD_SIZE"]:
         return alexnet.pick_device(device_name)
+    lacking = [name for name, value in settings.items() if not value]
     if lacking:
-        found = f"the environment has {', '.join(told)} and lacks {', '.join(lacking)}"
-        raise InputError(f"{found}; start this by torchrun, or unset the former")
+        found = f"RANK or WORLD_SIZE is set in the environment, and not {', '.join(lacking)}"
+        raise InputError(f"{found}; start this by torchrun, or unset RANK and WORLD_SIZE")
     if torch.cuda.is_available() and device_name != "cpu":
-        device_name = f"cuda:{os.environ['LOCAL_RANK']}"
+        device_name = f"cuda:{settings['LOCAL_RANK']}"
     elif device_name == "auto":  # gloo knows no MPS
         device_name = "cpu"
     elif device_name != "cpu":
         raise InputError(f"--device {device_name}: torchrun needs CUDA cards, or CPUs")
     device = alexnet.pick_device(device_name)
 
-    place = "{MASTER_ADDR}:{MASTER_PORT}".format(**os.environ)
-    print(f"waiting for all {os.environ['WORLD_SIZE']} processes at {place}", file=sys.stderr)
+    line = "waiting for all {WORLD_SIZE} processes at {MASTER_ADDR}:{MASTER_PORT}"
+    print(line.format(**settings), file=sys.stderr)
     patience = timedelta(days=1)  # decoding may take hours
     try:
         if device.type == "cuda" and dist.is_nccl_available():  # Windows has none

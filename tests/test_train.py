@@ -720,13 +720,6 @@ def test_the_order_of_photos_and_their_crops_are_drawn_from_two_streams(few, tmp
     assert same(orders[:3], orders[3:]) and not same(draws[0], draws[3])
 
 
-def test_too_few_photos_to_blend_any_are_told(few, tmp_path, capsys):
-    for size, mix, told in ((7, 0.5, False), (6, 0.5, True), (4, 0, False), (4, 0.9, False)):
-        options = f"--overwrite --epochs 1 --batch-size {size} --mix {mix}".split()
-        run_train(few, tmp_path, *options)
-        assert ("--batch-size 7 or more" in capsys.readouterr().out) == told
-
-
 def test_a_full_disk_is_one_line_and_leaves_whole_files(two, few, tmp_path, monkeypatch):
     output, data = shutil.copytree(two, tmp_path / "run"), copy_of(few, tmp_path / "data")
     half, names = (output / "last.pt").stat().st_size // 2, output / "class_idx.json"
