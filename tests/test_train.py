@@ -209,6 +209,9 @@ def test_data_that_cannot_be_trained_on(tmp_path, capsys):
     assert "2 of the photos in train" in message and "1 of the photos in val" in message
     assert all(str(path) in printed for path in broken)
     assert not [*tmp_path.rglob("*.npy*")]
+    for path in broken[:2]:
+        path.unlink()
+    assert "cannot read 1 of the photos in val" in refusal(data, tmp_path)
     draw_photos(sides[1], {"c": 1})
     assert "a class that train lacks, c:" in refusal(data, tmp_path)
 
