@@ -226,14 +226,14 @@ def visible_files(folder: Path, above: Iterable[Path] = ()) -> list[Path]:
     """The files below a folder, sorted; links are followed.
 
     What belongs to a system is left out. Other hidden names, and folders that may not be read, are
-    left out and told.
+    left out and reported.
     """
     here, files = folder.resolve(), []
     above = {*above, here, *here.parents}  # to follow a link to one of these would never end
     try:
         paths = sorted(folder.iterdir())
     except PermissionError as error:
-        print(f"skipped, it may not be read: {folder} ({error.strerror})", file=sys.stderr)
+        print(f"skipped, no permission to read: {folder} ({error.strerror})", file=sys.stderr)
         return []
     for path in paths:
         if path.name in SYSTEM or path.name.startswith(PRIVATE):
@@ -258,7 +258,19 @@ def is_picture(path: Path) -> bool:
 
 
 def image_files(folder: Path) -> list[Path]:
-    return list(filter(is_picture, visible_files(folder)))
+    """The pictures in a folder; says on stderr what else is there."""
+    files = visible_files(folder)
+    pictures = list(filter(is_picture, files))
+    if len(pictures) < len(files):
+        others = kinds_of(set(files).difference(pictures))
+        print(f"skipped, no pictures, in {folder}: {others}", file=sys.stderr)
+    return pictures
+
+
+def kinds_of(files: Iterable[Path]) -> str:
+    """How many there are of each suffix."""
+    kinds = Counter(path.suffix or path.name for path in files)
+    return listed([f"{n} {kind}" for kind, n in kinds.most_common()])
 
 
 def list_photos(folder: Path, files: list[Path]) -> list[str]:
@@ -272,16 +284,15 @@ def list_photos(folder: Path, files: list[Path]) -> list[str]:
     if empty:
         print(f"no photos in these folders of {folder.name}: {listed(empty)}")
 
-    others = Counter(path.suffix or path.name for path in set(files).difference(photos))
+    others = set(files).difference(photos)
     if others:
-        kinds = listed([f"{n} {kind}" for kind, n in others.most_common()])
-        print(f"skipped, no photos of a class, in {folder.name}: {kinds}")
+        print(f"skipped, no photos in a class folder, in {folder.name}: {kinds_of(others)}")
 
     # Names that differ in case or composition are one folder on Windows or macOS.
     spellings = Counter(class_of(label).casefold() for label in classes)
     alike = sorted(x for x in classes if spellings[class_of(x).casefold()] > 1)
     if alike:
-        raise InputError(f"{listed(alike)}: one name on other machines; rename or join them")
+        raise InputError(f"{listed(alike)}: one name on Windows or macOS; rename or join them")
     return names
 
 
@@ -436,7 +447,7 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
         if major == 7:  # Volta and Turing
             return torch.float16
         return torch.bfloat16 if major >= 8 else torch.float32
-    if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # not in torch 2.10
+    if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # from torch 2.11 on
         has = torch.cpu.get_capabilities()
         if has.get("avx512_bf16") or has.get("amx_bf16") or has.get("bf16"):
             return torch.bfloat16
@@ -485,11 +496,11 @@ def replace_file(partial: Path, path: Path) -> None:
 
 def temporary_path(path: Path) -> Path:
     """A new name beside `path`; removes what killed programs left there a day ago or earlier."""
-    for old in path.parent.glob(f"{glob.escape(path.name)}.{'[0-9a-f]' * 8}.tmp"):
+    for old in path.parent.glob(f"{glob.escape(path.name)}.unfinished-{'[0-9a-f]' * 8}"):
         with contextlib.suppress(OSError):
             if old.stat().st_mtime < time.time() - 86_400:
                 shutil.rmtree(old) if old.is_dir() else old.unlink()
-    return path.with_name(f"{path.name}.{os.urandom(4).hex()}.tmp")
+    return path.with_name(f"{path.name}.unfinished-{os.urandom(4).hex()}")
 
 
 def load_tensors(path: Path) -> dict[str, Any]:
@@ -533,7 +544,8 @@ def load_classes(weights: Path, net: AlexNet) -> list[str]:
     except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
         classes = []  # it is missing, or no such file
     if len(classes) != n:
-        raise InputError(f"{path} does not name the {n} classes of {weights}; restore train.py's")
+        way = "put back the one that train.py wrote"
+        raise InputError(f"{path} does not name the {n} classes of {weights}; {way}")
     return classes
 
 

@@ -5,10 +5,10 @@
     python predict.py data/val                         # a table, the accuracy, a confusion matrix
     python predict.py data/val --json > answers.jsonl  # one JSON object a line
 
-A photo's true class is told by the innermost folder named like one, up to the folder given here; of
-a photo given here, by its own folder. A table begins with the surest wrong answers, where wrong
-labels show. A file that is no picture is named on stderr, the others are answered, and the exit
-status is 1.
+A photo's true class is the innermost folder around it that is named like a class, up to the folder
+given here; of a photo given here, its own folder alone counts. A table begins with the surest wrong
+answers, where wrong labels show. A picture that cannot be read is named on stderr, the others are
+answered, and the exit status is 1.
 """
 
 import glob
@@ -58,7 +58,7 @@ Answer = dict[str, Any]
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    with alexnet.one_line_errors("end other programs, or leave the card with --device cpu"):
+    with alexnet.one_line_errors("close other programs, or use --device cpu"):
         device = alexnet.pick_device(args.device)
         net = alexnet.load_network(args.weights)
         classes = alexnet.load_classes(args.weights, net)
@@ -97,9 +97,11 @@ def files_of(path: Path) -> list[Path]:
 
 def check_figures(args: Namespace, read: list[Path]) -> None:
     """Refuse to write a figure over a file that is read, or among the photos of a folder."""
-    way = "give another name by --save, or start this in another folder"
     folders = [path.resolve() for path in [*args.photos, args.similar] if path and path.is_dir()]
     for figure in [] if args.json else figures_of(args):
+        way = "start this in another folder"
+        if figure != CONFUSION:
+            way = f"give another name by --save, or {way}"
         if figure.exists() and any(path.exists() and path.samefile(figure) for path in read):
             raise InputError(f"the figure {figure} would replace a file that is read: {way}")
         if set(folders).intersection(figure.resolve().parents):
@@ -196,8 +198,8 @@ def print_json(answers: Iterable[Answer]) -> int:
 
 
 def show_answers(args: Namespace, answers: Iterable[Answer], classes: list[str]) -> int:
-    """Print and draw all answers, the most doubtful first; returns their number."""
-    answers = sorted(answers, key=doubt)
+    """Print and draw all answers, those to look at first; returns their number."""
+    answers = sorted(answers, key=review_order)
     known = [answer for answer in answers if "true_class" in answer]
     if len(answers) == 1:
         print_one(answers[0])
@@ -205,6 +207,9 @@ def show_answers(args: Namespace, answers: Iterable[Answer], classes: list[str])
         print_table(answers)
     if known and len(answers) > 1:
         print_scores(known, len(classes))
+        if len(known) < len(answers):
+            n = len(answers) - len(known)
+            print(f"not counted, in no folder named like a class: {n} photos")
 
     if answers and (args.save or not args.any_folder):
         show(draw_answers(answers[:MOST_DRAWN]), args.save)
@@ -217,7 +222,7 @@ def is_wrong(answer: Answer) -> bool:
     return answer.get("true_class", answer["class"]) != answer["class"]
 
 
-def doubt(answer: Answer) -> tuple[bool, float]:
+def review_order(answer: Answer) -> tuple[bool, float]:
     """Sorts the surest wrong answers first, then the least sure of the others."""
     if is_wrong(answer):
         return False, -answer["probability"]
@@ -362,7 +367,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
         choices=("center", "ten"),
         help="the centre, or the mean of ten (default: ten for photos, center for folders)",
     )
-    add("--top-k", type=int, default=5, help="classes told of a photo (default: 5)")
+    add("--top-k", type=int, default=5, help="classes to report for a photo (default: 5)")
     add("--similar", type=path_of, metavar="FOLDER", help="find the photos in it most like these")
     add("--json", action="store_true", help="print one JSON object a line, and draw nothing")
     add(
@@ -378,6 +383,8 @@ def parse_args(argv: list[str] | None) -> Namespace:
         parser.error(f"--similar {args.similar} is no folder")
     if args.top_k < 1:
         parser.error("--top-k must be at least 1")
+    if args.save and not args.save.parent.is_dir():
+        parser.error(f"--save {args.save}: there is no folder {args.save.parent}")
     if args.save and args.save.suffix not in (".png", ".pdf", ".svg"):
         parser.error(f"--save {args.save}: give a name ending in .png, .pdf or .svg")
     return args

@@ -36,7 +36,7 @@ from alexnet import InputError, class_of, listed, path_of, quoted
 # Of TensorFlow's examples: 3,670 photos, 5 classes, CC BY 2.0, 229 MB.
 ARCHIVE = Path("flower_photos.tgz")
 URL = "https://storage.googleapis.com/download.tensorflow.org/example_images/flower_photos.tgz"
-ZIP_UTF8 = 0x800  # the flag of a name
+ZIP_UTF8 = 0x800  # the flag of a .zip for a name in UTF-8
 # Folders of a set that is split already: train, test1, valid_images.
 SIDE = re.compile(r"(train|val|valid|test)(ing|idation)?[\W_]*(\d*|data|images|set)", re.IGNORECASE)
 SHA256 = "4c54ace7911aaffe13a365c34f650e71dd5bf1be0a58b464e5a7183e3e595d9c"
@@ -87,7 +87,7 @@ def split(args: Namespace, scratch: Path, output: Path) -> None:
 
     record = {"seed": args.seed, "val_rate": args.val_rate, "test_rate": args.test_rate}
     record["files"] = {f"{side}/{name}": digests[name] for name, side in side_of.items()}
-    if not is_there(args.output, record):
+    if not already_made(args.output, record):
         copy_photos(source, side_of, scratch / "split")
         (scratch / "split" / "split.json").write_bytes(as_json(record))
         if output.exists():
@@ -105,7 +105,8 @@ def check_places(source: Path, output: Path) -> None:
         raise InputError(f"--output {output} is a mount point; give a folder in it")
     taken = os.listdir(output) if output.is_dir() else os.path.lexists(output)
     if taken and not (output / "split.json").is_file():
-        raise InputError(f"{output} is there already, and no split; give another --output")
+        found = f"{output} exists, and is no split made by this script"
+        raise InputError(f"{found}; give another --output")
 
 
 def download() -> None:
@@ -143,17 +144,18 @@ def unpack_zip(archive: Path, folder: Path) -> None:
     with zipfile.ZipFile(archive) as file:
         n_files = 0
         for member in file.infolist():
-            # Without a flag that says UTF-8 a name was read as code page 437. From a Mac it is
-            # UTF-8 nevertheless. Some programs of Windows write backslashes.
+            # zipfile reads names without the UTF-8 flag as code page 437, but macOS writes UTF-8
+            # without setting it. What is not UTF-8 either is refused in unpack(). Some programs of
+            # Windows write backslashes.
             if not member.flag_bits & ZIP_UTF8:
-                with contextlib.suppress(UnicodeEncodeError):  # told by another field of the file
+                with contextlib.suppress(UnicodeEncodeError):  # the name is of a Unicode field
                     member.filename = member.filename.encode("cp437").decode()
             member.filename = member.filename.replace("\\", "/")
             file.extract(member, folder)
             n_files += not member.is_dir()
     lost = n_files - sum(path.is_file() for path in folder.rglob("*"))
     if lost:
-        raise ValueError(f"{lost} of its files have the names of others")
+        raise ValueError(f"{lost} of its files would overwrite others")
 
 
 def find_classes(folder: Path, pictures: list[Path]) -> Path:
@@ -275,7 +277,7 @@ def print_counts(side_of: dict[str, str]) -> None:
         print(*counts, f" {label}")
 
 
-def is_there(output: Path, record: dict[str, Any]) -> bool:
+def already_made(output: Path, record: dict[str, Any]) -> bool:
     """Whether the output is this very split; raises InputError if it is another."""
     path = output / "split.json"
     if not path.exists():
@@ -309,12 +311,17 @@ def parse_args(argv: list[str] | None) -> Namespace:
         help="folder of class folders, or .tgz, .tar or .zip of one (default: the flower photos)",
     )
     add("--output", type=path_of, default=Path("data"), help="the folder to make (default: data)")
-    add("--val-rate", type=float, default=0.1, help="share to watch training on (default: 0.1)")
-    add("--test-rate", type=float, default=0.0, help="share set aside for a test (default: 0)")
+    add(
+        "--val-rate",
+        type=float,
+        default=0.1,
+        help="share of each class for validation (default: 0.1)",
+    )
+    add("--test-rate", type=float, default=0.0, help="share of each class for a test (default: 0)")
     add("--seed", type=int, default=0, help="another seed draws another split (default: 0)")
     args = parser.parse_args(argv)
     if not 0 < args.val_rate <= args.val_rate + args.test_rate < 1:
-        parser.error("--val-rate must be above 0, and together with --test-rate below 1")
+        parser.error("--val-rate must be above 0, --test-rate 0 or more, and both together below 1")
     return args
 
 

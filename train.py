@@ -55,8 +55,8 @@ else:
     import fcntl
 
 WARMUP_EPOCHS = 3  # the learning rate rises from 0 to --lr over these
-RAMP_EPOCHS = 60  # --rotation and --jitter grow from 0 over these; at once, they slow the start
-MAX_LR_DROPS = 3  # the rate is divided by 10 so many times (section 5); once more ends the run
+RAMP_EPOCHS = 60  # --rotation and --jitter grow from 0 over these; in full, they slow the start
+MAX_LR_DROPS = 3  # the rate may be divided by 10 so often (section 5); the next drop ends the run
 AVERAGE_EVERY = 8  # steps between updates of the average; at every step it costs 3 % on a CPU
 SAVE_PAUSE = 60  # seconds between saves: on a GPU, saving takes as long as an epoch
 
@@ -111,9 +111,8 @@ def main(argv: list[str] | None = None) -> int:
             elif args.init:
                 start_from(run)
 
-            if is_finished(run):
-                n_epochs = f"{len(run.history)} of {args.epochs} epochs"
-                print(f"this run has ended, after {n_epochs}: nothing is left to do")
+            if is_reported(run):
+                print(f"this run has ended, after epoch {len(run.history)}: {why_over(run)}")
             else:
                 train(run)
                 report(run)
@@ -158,7 +157,7 @@ def parse_args(argv: list[str] | None, kept: dict[str, Any] | None = None) -> Na
     # A str, not a Path, which last.pt could not store.
     add("--init", default="", help="an AlexNet.pth to start from; other classes: a new last layer")
     add("--epochs", type=count, default=90, help="passes over the photos; --resume takes more")
-    add("--batch-size", type=count, default=32, help="photos a step, of all processes together")
+    add("--batch-size", type=count, default=32, help="photos per step, of all processes together")
     add("--lr", type=number_within(1e-12, 1e9), default=0.01, help="learning rate of SGD")
     add("--momentum", type=share, default=0.9, help="of SGD")
     add("--weight-decay", type=share, default=0.0005, help="of SGD")
@@ -178,13 +177,13 @@ def parse_args(argv: list[str] | None, kept: dict[str, Any] | None = None) -> Na
         "--patience",
         type=number_within(0, 2**20),
         default=10,
-        help="divide lr by 10 after this many epochs without a 1 %% lower val loss",
+        help="epochs without a 1 %% lower val loss before lr is divided by 10",
     )
     add(
         "--crop-area",
         type=share,
         default=0.25,
-        help="smallest part of a photo in a crop; 0: 224 x 224 of 256 x 256",
+        help="smallest share of a photo's area in a crop; 0: 224 x 224 pixels of 256 x 256",
     )
     add(
         "--rotation",
@@ -218,7 +217,7 @@ def parse_args(argv: list[str] | None, kept: dict[str, Any] | None = None) -> Na
         type=int,
         choices=(1, 2),
         default=2,
-        help="2: as on the paper's two GPUs; 1: merged, for 1.4 times the time",
+        help="2: as on the paper's two GPUs; 1: not divided, which takes 1.4 times as long",
     )
     add(
         "--seed",
@@ -239,7 +238,7 @@ def parse_args(argv: list[str] | None, kept: dict[str, Any] | None = None) -> Na
         if name != "epochs" and getattr(args, name) != value:  # --epochs may be raised
             option = f"--{name.replace('_', '-')} {value}"
             last = args.output / "last.pt"
-            raise InputError(f"{last} is of a run with {option}; leave the option out")
+            raise InputError(f"{last} is of a run with {option}; omit that option to resume it")
     return args
 
 
@@ -261,7 +260,7 @@ def number_within(least: float, most: float) -> Callable[[str], float]:
 
 
 def prepare_output(args: Namespace) -> None:
-    """Make the folder of a new run; refuse one that holds another run, but for --overwrite."""
+    """Make the folder of a new run; refuse that of another run, unless --overwrite is given."""
     last, best = args.output / "last.pt", args.output / "AlexNet.pth"
     ways = "--overwrite replaces it, another --output keeps it"
     if last.exists() and not args.overwrite:
@@ -345,7 +344,7 @@ class Photos:
         facts = repr([alexnet.READER, self.digest, *(stat.st_mtime_ns for stat in stats)])
         version = hashlib.sha256(facts.encode()).hexdigest()[:12]
         self.cache = folder.parent / f"{folder.name}-{version}.npy"
-        self.changed = max(stat.st_ctime_ns for stat in stats)  # even where times were set back
+        self.last_change = max(stat.st_ctime_ns for stat in stats)  # by a clock that none can set
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -353,15 +352,19 @@ class Photos:
     def open_pixels(self, output: Path) -> None:
         """Open the decoded photos, uint8 (N, 256, 256, 3); decode them if that was not done yet."""
         cache = self.cache
-        if not cache.exists() and not os.access(cache.parent, os.W_OK):
+        if not self.is_current(cache) and not os.access(cache.parent, os.W_OK):
             cache = output / cache.name
-        if not cache.exists() or cache.stat().st_ctime_ns < self.changed:
+        if not self.is_current(cache):
             write_pixels(cache, self.files)
         try:  # mapped read-only ("r"), the file may be larger than the memory
             pixels = np.load(cache, mmap_mode="r")
         except OSError:  # some network drives allow private maps only ("c")
             pixels = np.load(cache, mmap_mode="c")
         self.pixels = torch.from_numpy(pixels)
+
+    def is_current(self, cache: Path) -> bool:
+        """Whether it was written after the last change of a photo."""
+        return cache.exists() and cache.stat().st_ctime_ns >= self.last_change
 
     def move_to(self, device: torch.device) -> None:
         """Keep all on a CUDA card if that takes less than a quarter of its free memory."""
@@ -372,7 +375,8 @@ class Photos:
 
     def take(self, indices: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
         """Pixels (n, 256, 256, 3) and labels (n,) of these photos, on the device."""
-        # non_blocking: the CPU can prepare this step while a card still works on the last one.
+        # non_blocking: where the photos are on the card, the CPU can prepare this step while the
+        # card still works on the last one.
         indices = indices.to(self.pixels.device, non_blocking=True)
         return self.pixels[indices].to(device), self.labels[indices].to(device)
 
@@ -549,7 +553,9 @@ def resume(run: Run, checkpoint: dict[str, Any]) -> None:
         for name in run.PARTS:
             if checkpoint[name]:  # a scaler that was off has no state
                 getattr(run, name).load_state_dict(checkpoint[name])
-        # From a Mac the momentum comes in another layout, and fused SGD would mix its elements.
+        # A Mac's SGD is not fused, and its momentum has another layout, of which fused SGD would
+        # mix the elements.
+        run.optimizer.param_groups[0]["fused"] = run.device.type != "mps"
         for p, state in run.optimizer.state.items():
             state["momentum_buffer"] = torch.empty_like(p).copy_(state["momentum_buffer"])
         run.history = list(checkpoint["history"])
@@ -569,7 +575,7 @@ def resume(run: Run, checkpoint: dict[str, Any]) -> None:
 
 def start_from(run: Run) -> None:
     """Take over the weights of --init; of its last layer only for the same classes."""
-    path = Path(run.args.init)
+    path = path_of(run.args.init)
     net = alexnet.load_network(path)
     state = net.state_dict()
     if alexnet.load_classes(path, net) != run.train_set.classes:
@@ -629,8 +635,7 @@ def train(run: Run) -> None:
             if get_rank() == 0 and time.perf_counter() > next_save and not is_over(run):
                 save_checkpoint(run)
                 epochs_saved, next_save = epoch, time.perf_counter() + SAVE_PAUSE
-        if len(run.history) < run.args.epochs:
-            print("ended: the val loss no longer falls")
+        print(f"ended: {why_over(run)}")
         if get_rank() == 0:
             save_checkpoint(run)
     except KeyboardInterrupt:
@@ -695,7 +700,8 @@ def train_one_batch(run: Run, batch: Tensor) -> Tensor:
     if run.device.type == "cpu":  # 64 photos at once are as fast as more, in less memory
         pieces = max(pieces, math.ceil(len(images) / 64))
 
-    with run.autocast:  # around all pieces, so that it casts the weights once
+    # Around all pieces and their backward passes, so that the weights are cast once.
+    with run.autocast:
         for x, y in zip(images.tensor_split(pieces), targets.tensor_split(pieces), strict=True):
             logits = run.net(x).float()
             loss = F.cross_entropy(logits, y, reduction="sum", label_smoothing=args.label_smoothing)
@@ -724,8 +730,8 @@ def make_batch(run: Run, indices: Tensor) -> tuple[Tensor, Tensor]:
     targets = F.one_hot(labels, len(run.train_set.classes)).float()
 
     # Of the photos to mix, the first half show a window of another photo (CutMix), the second half
-    # are blended with another (mixup). Both take the other from the same half, where a photo alone
-    # would be mixed with itself; so, of three or fewer, all get a window.
+    # are blended with another (mixup). The other is of the same half, which so needs two photos or
+    # more; of three or fewer, all get a window.
     n_mixed = round(len(indices) * args.mix)
     n_cutmix = math.ceil(n_mixed / 2) if n_mixed > 3 else n_mixed
     if n_mixed:
@@ -827,17 +833,24 @@ def lower_rate_where_val_stalls(run: Run) -> None:
 
 def is_over(run: Run) -> bool:
     """Whether all epochs are done, or the rate fell once more than MAX_LR_DROPS."""
-    end = run.args.lr * 0.1 ** (MAX_LR_DROPS + 0.5)  # between the last two, as rates are rounded
+    # Halfway between the rate after the last drop and that after one more, as rates are rounded.
+    end = run.args.lr * 0.1 ** (MAX_LR_DROPS + 0.5)
     return len(run.history) >= run.args.epochs or run.lr < end
 
 
-def is_finished(run: Run) -> bool:
+def why_over(run: Run) -> str:
+    if len(run.history) >= run.args.epochs:
+        return "all its epochs are done; --resume with more --epochs would go on"
+    return "the val loss no longer falls"
+
+
+def is_reported(run: Run) -> bool:
     """Whether there is nothing left to train, to write or to report."""
     return is_over(run) and not run.unsaved and (run.args.output / "run.json").exists()
 
 
 def is_guessing(run: Run) -> bool:
-    """Whether no epoch so far was better than an answer that needs no photo: the class shares."""
+    """Whether the network is still no better than to predict the classes' frequencies, always."""
     # The loss of that answer is the entropy of the shares, its accuracy the largest of them. The
     # accuracy alone would hardly tell where one class has 95 %.
     shares = run.class_shares
@@ -845,7 +858,7 @@ def is_guessing(run: Run) -> bool:
     best_loss = best_epoch(run.history)["val_loss"]
     best_accuracy = max(row["val_accuracy"] for row in run.history)
     no_better_loss = best_loss >= 0.98 * entropy
-    no_better_accuracy = best_accuracy <= max(shares) + 1e-6  # which is rounded
+    no_better_accuracy = best_accuracy <= max(shares) + 1e-6  # for rounding
     return no_better_loss and no_better_accuracy and max(shares) < 1
 
 
@@ -872,6 +885,10 @@ def save_checkpoint(run: Run) -> None:
     After a kill between the two, --resume repeats the epochs since the last save.
     """
     output, history = run.args.output, run.history
+    if (
+        len(history) == 1
+    ):  # so that no kill leaves these weights beside an overwritten run's last.pt
+        (output / "last.pt").unlink(missing_ok=True)
     save_weights(run)
     with replacing(output / "last.pt") as file:
         torch.save(run.state_dict(), file)
@@ -1001,7 +1018,7 @@ def loss_and_accuracy(totals: Tensor, n: int, where: str) -> tuple[float, float]
     # Divided in float64, as in float32 3 / 5 is more than a class's share of 0.6.
     loss, accuracy = (total / n for total in totals.tolist())
     if not math.isfinite(loss):
-        raise InputError(f"the loss is no number ({where}); start with a lower --lr")
+        raise InputError(f"the loss is not finite ({where}); start with a lower --lr")
     return loss, accuracy
 
 
@@ -1013,6 +1030,9 @@ def disconnect_processes() -> None:
 def leave_at_once() -> None:
     """End a process that failed: an orderly exit would wait for the others, for ever."""
     if is_distributed():  # main did not come to its end
+        if get_rank() > 0:  # torchrun kills all once one has ended, and process 0 may be saving
+            time.sleep(10)
+        sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1)
 

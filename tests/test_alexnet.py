@@ -396,16 +396,16 @@ def test_a_file_that_another_program_holds_for_a_moment_is_waited_for(tmp_path, 
 
 
 def test_what_killed_programs_left_is_removed_when_it_is_a_day_old(tmp_path):
-    dead = ["a.pt.0123abcd.tmp", "a.pt.ffffffff.tmp"]
-    kept = ["a.pt", "a.pt.0123ABCD.tmp", "a.pt.0123abc.tmp", "a.pt.tmp", "b.pt.0123abcd.tmp"]
+    dead = ["a.pt.unfinished-0123abcd", "a.pt.unfinished-ffffffff"]
+    kept = ["a.pt", "a.pt.20240101.tmp", "a.pt.unfinished-0123abc", "b.pt.unfinished-0123abcd"]
     (tmp_path / dead[1]).mkdir()
-    for name in (dead[0], f"{dead[1]}/photo.jpg", *kept, "young.01234567.tmp"):
+    for name in (dead[0], f"{dead[1]}/photo.jpg", *kept, "young.unfinished-01234567"):
         (tmp_path / name).write_bytes(b"")
     for name in (*dead, *kept):
         os.utime(tmp_path / name, (time.time() - 90_000,) * 2)
     with alexnet.replacing(tmp_path / "a.pt"), alexnet.replacing(tmp_path / "young"):
         pass
-    assert sorted(os.listdir(tmp_path)) == [*kept, "young", "young.01234567.tmp"]
+    assert sorted(os.listdir(tmp_path)) == [*kept, "young", "young.unfinished-01234567"]
 
 
 @pytest.mark.parametrize(

@@ -117,7 +117,7 @@ def test_the_surest_mistakes_come_first_and_then_the_most_doubtful(capsys):
         top = {"class": "rose", "probability": probability}
         known = {"true_class": true_class} if true_class else {}
         answers.append({"path": name, **top, "top": [top], **known})
-    answers.sort(key=predict.doubt)
+    answers.sort(key=predict.review_order)
     names = ["surely wrong", "wrong", "doubtful", "unknown", "sure", "x", "y"]
     assert [answer["path"] for answer in answers] == names
     known = [answer for answer in answers if "true_class" in answer]
@@ -271,7 +271,8 @@ def test_no_figure_replaces_what_is_read(answer, trained, photo, data):
         ["photos", "confusion_matrix.png"],
     ):
         message = error_of(predict.main, *argv, "--weights", trained / "AlexNet.pth")
-        assert "would replace a file that is read: give another name by --save" in message
+        assert "would replace a file that is read: " in message
+        assert ("--save" in message) == ("confusion_matrix.png" not in argv)
     assert answer("prediction.png", "--json")[0] == 0  # which draws nothing
     assert answer("prediction.png", "--save", "other.png")[0] == 0
     assert answer(photo)[0] == 0 and answer("photos")[0] == 0  # figures of ours are replaced
@@ -303,10 +304,15 @@ def test_hidden_photos_are_left_out_and_named(answer, photo):
     shutil.copy(photo, "photos/2.jpg")
     _, out, _ = answer("photos")  # of no class: there is nothing to count
     assert len(out.splitlines()) == 2 and not [*Path().glob("*.png")]
+    shutil.copytree(photo.parent, Path("photos", photo.parent.name))
+    Path("photos/notes.txt").touch()
+    _, out, err = answer("photos")
+    assert "not counted, in no folder named like a class: 2 photos" in out.splitlines()
+    assert "skipped, no pictures, in photos: 1 .txt\n" in err
 
 
 def test_options_that_cannot_be(answer, photo, capsys):
-    for option, value in (("--save", "x.xyz"), ("--save", "."), ("--top-k", "0")):
+    for option, value in (("--save", "x.xyz"), ("--save", "no/x.png"), ("--top-k", "0")):
         with pytest.raises(SystemExit) as caught:
             answer(photo, option, value)
         assert caught.value.code == 2 and option in capsys.readouterr().err

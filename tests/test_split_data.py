@@ -105,7 +105,7 @@ def test_what_is_no_photo_is_left_out_and_named(twelve, tmp_path, capsys):
     lines = printed.out.splitlines()
     assert lines[0] == "no photos in these folders of photos: empty, odd"
     first, *kinds = lines[1].split(", 1 ")
-    assert first == "skipped, no photos of a class, in photos: 2 .txt"
+    assert first == "skipped, no photos in a class folder, in photos: 2 .txt"
     assert sorted(kinds) == [".heic", ".jpg"]
     hidden = [line for line in printed.err.splitlines() if "begins with a dot" in line]
     assert [line.split(": ")[1] for line in hidden] == [
@@ -130,7 +130,7 @@ def test_a_folder_that_may_not_be_read_is_no_empty_one(twelve, tmp_path, monkeyp
     shutil.copytree(twelve / "b", twelve / "a" / "inner")
     monkeypatch.setattr(Path, "iterdir", iterdir)
     assert len(split(twelve, tmp_path / "data")) == 23
-    told = f"skipped, it may not be read: {closed[0]} (not allowed)"
+    told = f"skipped, no permission to read: {closed[0]} (not allowed)"
     assert told in capsys.readouterr().err
     closed.append(twelve)
     assert "not allowed" in refusal(twelve, tmp_path / "other")
@@ -296,7 +296,7 @@ def test_an_archive_writes_nothing_outside_its_folder(twelve, tmp_path):
     assert names == {*photos, "a/evil.jpg", "b/rooted.jpg", "a/two..dots.jpg"}
     assert not [*tmp_path.parent.glob("*/evil.jpg"), *tmp_path.glob("a")]
     archive = pack(tmp_path / "twice.zip", photos | {"../a/00.jpg": jpeg, "/a/00.jpg": jpeg})
-    assert "2 of its files have the names of others" in refusal(archive, tmp_path / "other")
+    assert "2 of its files would overwrite others" in refusal(archive, tmp_path / "other")
 
 
 class OldInfo(zipfile.ZipInfo):
