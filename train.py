@@ -635,7 +635,8 @@ def train(run: Run) -> None:
             if get_rank() == 0 and time.perf_counter() > next_save and not is_over(run):
                 save_checkpoint(run)
                 epochs_saved, next_save = epoch, time.perf_counter() + SAVE_PAUSE
-        print(f"ended: {why_over(run)}")
+        if len(run.history) < run.args.epochs:
+            print(f"ended: {why_over(run)}")
         if get_rank() == 0:
             save_checkpoint(run)
     except KeyboardInterrupt:
@@ -839,6 +840,7 @@ def is_over(run: Run) -> bool:
 
 
 def why_over(run: Run) -> str:
+    """Why a run has ended, and what would go on."""
     if len(run.history) >= run.args.epochs:
         return "all its epochs are done; --resume with more --epochs would go on"
     return "the val loss no longer falls"
