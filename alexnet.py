@@ -390,14 +390,14 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 @contextlib.contextmanager
-def one_line_errors(out_of_memory: str = "end other programs") -> Iterator[None]:
+def one_line_errors(out_of_memory: str = "close other programs") -> Iterator[None]:
     """End in one line, not a traceback, where the user can help it, or stops.
 
     A KeyboardInterrupt may say what is left behind.
     """
     for name in ("stdout", "stderr"):  # under pythonw and some services there is none
         stream = getattr(sys, name)
-        if stream is None or stream.closed:
+        if stream is None or getattr(stream, "closed", False):
             setattr(sys, name, open(os.devnull, "w"))
     if isinstance(sys.stdout, io.TextIOWrapper):  # in a notebook it is another type
         sys.stdout.reconfigure(errors="backslashreplace")  # for letters that the console lacks
@@ -560,19 +560,20 @@ def main(argv: list[str] | None = None) -> int:
     if args.classes < 1:
         parser.error("--classes must be at least 1")
 
-    with torch.device("meta"):  # which knows shapes, and computes nothing
-        net = AlexNet(args.classes, args.groups).eval()
-        x = torch.empty(1, 3, CROP_SIZE, CROP_SIZE)
-    parameters, products = [], []
-    print(f"{'output':>13} {'parameters':>12} {'multiply-adds':>14}  layer")
-    for layer in [*net.features, nn.Flatten(), *net.classifier]:
-        x = layer(x)
-        parameters.append(sum(p.numel() for p in layer.parameters()))
-        # Each weight is used once at each place of the output.
-        products.append(layer.weight.numel() * x[0, 0].numel() if parameters[-1] else 0)
-        shape = " x ".join(map(str, x.shape[1:]))
-        print(f"{shape:>13} {parameters[-1]:12,} {products[-1]:14,}  {layer}")
-    print(f"{'':13} {sum(parameters):12,} {sum(products):14,}  in all")
+    with one_line_errors():
+        with torch.device("meta"):  # which knows shapes, and computes nothing
+            net = AlexNet(args.classes, args.groups).eval()
+            x = torch.empty(1, 3, CROP_SIZE, CROP_SIZE)
+        parameters, products = [], []
+        print(f"{'output':>13} {'parameters':>12} {'multiply-adds':>14}  layer")
+        for layer in [*net.features, nn.Flatten(), *net.classifier]:
+            x = layer(x)
+            parameters.append(sum(p.numel() for p in layer.parameters()))
+            # Each weight is used once at each place of the output.
+            products.append(layer.weight.numel() * x[0, 0].numel() if parameters[-1] else 0)
+            shape = " x ".join(map(str, x.shape[1:]))
+            print(f"{shape:>13} {parameters[-1]:12,} {products[-1]:14,}  {layer}")
+        print(f"{'':13} {sum(parameters):12,} {sum(products):14,}  in all")
     return 0
 
 

@@ -80,19 +80,13 @@ def main(argv: list[str] | None = None) -> int:
 
 # ----- the files
 def files_of(path: Path) -> list[Path]:
-    """The pictures in a folder, the file, or those of a pattern, which Windows leaves to us."""
-    if path.is_dir():
-        files = image_files(path)
-        if not files:
-            raise InputError(f"there are no pictures in the folder {path}")
-        return files
-    if path.exists():
-        return [path]
-    if path.parent.is_dir():  # whose name may hold brackets that are no pattern
-        matches = path.parent.glob(path.name)
-    else:
-        matches = map(Path, glob.glob(str(path)))
-    return sorted(matches) or [path]  # a file that is missing is named when it is read
+    """The pictures in a folder, or the file itself."""
+    if not path.is_dir():
+        return [path]  # a file that is missing is named when it is read
+    files = image_files(path)
+    if not files:
+        raise InputError(f"there are no pictures in the folder {path}")
+    return files
 
 
 def check_figures(args: Namespace, read: list[Path]) -> None:
@@ -356,6 +350,17 @@ def draw_confusion(known: list[Answer], classes: list[str]) -> Figure:
     return figure
 
 
+def matches_of(path: Path) -> list[Path]:
+    """What a pattern matches, which a shell of Windows leaves to us; else the path itself."""
+    if path.exists():
+        return [path]
+    folder = str(path.parent)
+    if path.parent.is_dir():  # brackets in its name are no pattern
+        folder = glob.escape(folder)
+    matches = glob.glob(os.path.join(folder, path.name))
+    return sorted(map(Path, matches)) or [path]
+
+
 def parse_args(argv: list[str] | None) -> Namespace:
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -377,6 +382,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
         help=f"draw the photos, {MOST_DRAWN} at most, into this .png, .pdf or .svg, not a window",
     )
     args = parser.parse_args(argv)
+    args.photos = [match for path in args.photos for match in matches_of(path)]
     args.any_folder = any(path.is_dir() for path in args.photos)
     args.views = args.views or ("center" if args.any_folder else "ten")
     if args.similar and not args.similar.is_dir():

@@ -36,10 +36,11 @@ from alexnet import InputError, class_of, listed, path_of, quoted
 # Of TensorFlow's examples: 3,670 photos, 5 classes, CC BY 2.0, 229 MB.
 ARCHIVE = Path("flower_photos.tgz")
 URL = "https://storage.googleapis.com/download.tensorflow.org/example_images/flower_photos.tgz"
-ZIP_UTF8 = 0x800  # the flag of a .zip for a name in UTF-8
+SHA256 = "4c54ace7911aaffe13a365c34f650e71dd5bf1be0a58b464e5a7183e3e595d9c"
+
 # Folders of a set that is split already: train, test1, valid_images.
 SIDE = re.compile(r"(train|val|valid|test)(ing|idation)?[\W_]*(\d*|data|images|set)", re.IGNORECASE)
-SHA256 = "4c54ace7911aaffe13a365c34f650e71dd5bf1be0a58b464e5a7183e3e595d9c"
+ZIP_UTF8 = 0x800  # the flag of a .zip for a name in UTF-8
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -129,8 +130,8 @@ def unpack(archive: Path, folder: Path) -> Path:
             with tarfile.open(archive) as file:
                 file.extractall(folder, filter="data")
         for path in folder.rglob("*"):
-            path.name.encode()
-    except UnicodeError as error:  # rather than names that nobody typed
+            path.name.encode()  # this fails on a name that tarfile could not decode
+    except UnicodeError as error:  # a name that nobody typed would become a class
         way = "unpack it by hand, and give the folder as --source"
         raise InputError(f"names in {archive} are not Unicode; {way}") from error
     except Exception as error:  # the decompressors raise almost any type

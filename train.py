@@ -58,7 +58,7 @@ WARMUP_EPOCHS = 3  # the learning rate rises from 0 to --lr over these
 RAMP_EPOCHS = 60  # --rotation and --jitter grow from 0 over these; in full, they slow the start
 MAX_LR_DROPS = 3  # the rate may be divided by 10 so often (section 5); the next drop ends the run
 AVERAGE_EVERY = 8  # steps between updates of the average; at every step it costs 3 % on a CPU
-SAVE_PAUSE = 60  # seconds between saves: on a GPU, saving takes as long as an epoch
+SAVE_PAUSE = 60  # seconds between saves: on a GPU, an epoch may take less time than saving
 
 # What --recipe paper sets. It also initialises the weights as the paper did, and only subtracts the
 # mean from the pixels. The rate still warms up, and falls by the val loss.
@@ -344,7 +344,8 @@ class Photos:
         facts = repr([alexnet.READER, self.digest, *(stat.st_mtime_ns for stat in stats)])
         version = hashlib.sha256(facts.encode()).hexdigest()[:12]
         self.cache = folder.parent / f"{folder.name}-{version}.npy"
-        self.last_change = max(stat.st_ctime_ns for stat in stats)  # by a clock that none can set
+        # Whoever edits a photo may set its mtime back, but not its ctime.
+        self.last_change = max(stat.st_ctime_ns for stat in stats)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -364,7 +365,10 @@ class Photos:
 
     def is_current(self, cache: Path) -> bool:
         """Whether it was written after the last change of a photo."""
-        return cache.exists() and cache.stat().st_ctime_ns >= self.last_change
+        if not cache.exists():
+            return False
+        stat = cache.stat()  # on Windows, ctime may be that of the file that this one replaced
+        return max(stat.st_ctime_ns, stat.st_mtime_ns) >= self.last_change
 
     def move_to(self, device: torch.device) -> None:
         """Keep all on a CUDA card if that takes less than a quarter of its free memory."""
@@ -840,7 +844,7 @@ def is_over(run: Run) -> bool:
 
 
 def why_over(run: Run) -> str:
-    """Why a run has ended, and what would go on."""
+    """Why a run has ended, and how it would go on."""
     if len(run.history) >= run.args.epochs:
         return "all its epochs are done; --resume with more --epochs would go on"
     return "the val loss no longer falls"
@@ -887,9 +891,8 @@ def save_checkpoint(run: Run) -> None:
     After a kill between the two, --resume repeats the epochs since the last save.
     """
     output, history = run.args.output, run.history
-    if (
-        len(history) == 1
-    ):  # so that no kill leaves these weights beside an overwritten run's last.pt
+    # No kill may leave these weights beside the last.pt of a run that --overwrite replaces.
+    if len(history) == 1:
         (output / "last.pt").unlink(missing_ok=True)
     save_weights(run)
     with replacing(output / "last.pt") as file:

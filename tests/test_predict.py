@@ -148,12 +148,15 @@ def test_patterns_are_expanded_and_the_innermost_class_folder_is_true(answer, ph
         (folder / "?.jpg", ["1.jpg", "2.jpg"], None),
         (folder / "[1].jpg", ["[1].jpg"], None),
         ("tul*/?.jpg", ["4.jpg"], "tulips"),
+        ("tulips/ros*", given, "ros\u00e9"),  # a folder, as if it was given
         ("3.jpg", ["3.jpg"], None),
     ):
         _, out, _ = answer(pattern, "--json", "--weights", "AlexNet.pth")
         found = [json.loads(line) for line in out.splitlines()]
         assert [Path(x["path"]).name for x in found] == names
         assert {x.get("true_class") for x in found} == {true_class}
+    status, _, err = answer("a**b.jpg", "--json", "--weights", "AlexNet.pth")
+    assert status == 1 and "a**b.jpg: no such photo" in err
 
 
 def test_a_bad_file_is_named_and_the_others_are_answered(answer, photo):
