@@ -245,13 +245,18 @@ def print_similar(answer: Answer) -> None:
 
 
 def print_scores(known: list[Answer], n_classes: int) -> None:
-    """The accuracy by class, its mean over the classes, top-5, and over all photos."""
+    """Recall and precision by class, the mean recall, top-5, and the accuracy over all photos."""
     totals = Counter(answer["true_class"] for answer in known)
+    answered = Counter(answer["class"] for answer in known)
     right = Counter(answer["true_class"] for answer in known if not is_wrong(answer))
+    print("recall  precision")
     for label, total in sorted(totals.items()):
-        print(f"{right[label] / total:.4f}  {label}: {right[label]} of {total}")
-    shares = [right[label] / total for label, total in totals.items()]
-    print(f"{sum(shares) / len(shares):.4f}  mean over the classes")
+        recall = right[label] / total
+        precision = f"{right[label] / answered[label]:.4f}" if answered[label] else "     -"
+        counts = f"{right[label]} of {total} right, named {answered[label]} times"
+        print(f"{recall:.4f}     {precision}  {label}: {counts}")
+    recalls = [right[label] / total for label, total in totals.items()]
+    print(f"{sum(recalls) / len(recalls):.4f}  mean recall over the classes")
 
     # The paper's measure; it needs five answers a photo, which --top-k may not leave.
     if n_classes > 5 and len(known[0]["top"]) >= 5:

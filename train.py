@@ -20,6 +20,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import sys
 import time
 import warnings
@@ -55,9 +56,11 @@ else:
     import fcntl
 
 WARMUP_EPOCHS = 3  # the learning rate rises from 0 to --lr over these
-RAMP_EPOCHS = 60  # --rotation and --jitter grow from 0 over these; in full, they slow the start
+RAMP_EPOCHS = 30  # augmentation and dropout grow from nothing over these; see Run.strength
+FIRST_DROP_BY = 0.8  # of --epochs; if val has not stalled by then, the rate is divided by 10
 MAX_LR_DROPS = 3  # the rate may be divided by 10 so often (section 5); the next drop ends the run
 AVERAGE_EVERY = 8  # steps between updates of the average; at every step it costs 3 % on a CPU
+FEW_PHOTOS = 50  # per class; with 20, this network learnt little more than to guess
 SAVE_PAUSE = 60  # seconds between saves: on a GPU, an epoch may take less time than saving
 
 # What --recipe paper sets. It also initialises the weights as the paper did, and only subtracts the
@@ -73,10 +76,10 @@ PAPER = {
 }
 # last.pt stores all options but these, which a resumed run takes from the command line.
 NOT_STORED = {"data", "output", "resume", "overwrite", "accumulate", "device", "precision"}
-HEADER = "epoch       lr   train loss  accuracy   val loss  accuracy   seconds  images/s"
+HEADER = "epoch       lr   train loss  accuracy   val loss  accuracy   seconds  images/s  min left"
 LINE = (
     "{epoch:5} {lr:8.2g}   {train_loss:10.4f}  {train_accuracy:8.4f}   "
-    "{val_loss:8.4f}  {val_accuracy:8.4f}   {seconds:7.1f}  {images_per_second:8.1f}"
+    "{val_loss:8.4f}  {val_accuracy:8.4f}   {seconds:7.1f}  {images_per_second:8.1f}  {left:8.1f}"
 )
 TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 CUTMIX, MIXUP = CutMix(), MixUp(alpha=0.2)
@@ -546,6 +549,15 @@ def print_setup(run: Run) -> None:
     print(f"baseline (largest class): accuracy {max(run.class_shares):.4f}")
     print(f"network  {sum(p.numel() for p in run.net.parameters()):,} parameters")
 
+    # On Windows, pip installs a build for CPUs alone, unless it is told where to look.
+    cpu_build = torch.version.cuda is None and torch.version.hip is None
+    if run.args.device == "auto" and cpu_build and shutil.which("nvidia-smi"):
+        way = "pytorch.org/get-started tells how to install the build for its driver"
+        print(f"hint: this computer has an NVIDIA card, which this torch cannot use; {way}")
+    if min(counts) < FEW_PHOTOS:
+        way = "a pretrained network, fine-tuned, needs fewer"
+        print(f"hint: classes of under {FEW_PHOTOS} photos are hardly learnt from scratch; {way}")
+
 
 def resume(run: Run, checkpoint: dict[str, Any]) -> None:
     """Set a run to where last.pt left it. Its best weights are in AlexNet.pth."""
@@ -631,7 +643,8 @@ def train(run: Run) -> None:
                     run.unsaved = run.average_on_host()
 
             mark = "  best" if is_best else ""
-            print(LINE.format(**row) + mark, flush=True)
+            minutes_left = (run.args.epochs - epoch) * row["seconds"] / 60
+            print(LINE.format(**row, left=minutes_left) + mark, flush=True)
             if epoch == 2 * WARMUP_EPOCHS and is_guessing(run):
                 lower = f"--lr {run.args.lr / 3:.2g}"
                 print(f"hint: nothing is learnt yet; try {lower} or --batch-size 16")

@@ -123,8 +123,10 @@ def test_the_surest_mistakes_come_first_and_then_the_most_doubtful(capsys):
     known = [answer for answer in answers if "true_class" in answer]
     predict.print_scores(known, 3)
     assert capsys.readouterr().out.splitlines() == [
-        *("1.0000  rose: 4 of 4", "0.0000  tulip: 0 of 2"),
-        *("0.5000  mean over the classes", "0.6667  accuracy: 4 of 6"),
+        "recall  precision",
+        "1.0000     0.6667  rose: 4 of 4 right, named 6 times",
+        "0.0000          -  tulip: 0 of 2 right, named 0 times",
+        *("0.5000  mean recall over the classes", "0.6667  accuracy: 4 of 6"),
     ]
     for answer in answers:
         others = ["a", "b", "c", "tulip" if answer["path"] == "wrong" else "d", "tulip"]
