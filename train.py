@@ -40,7 +40,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from matplotlib.figure import Figure
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchvision.transforms.v2 import CutMix, MixUp
@@ -153,7 +153,9 @@ def parse_args(argv: list[str] | None, kept: dict[str, Any] | None = None) -> Na
     paper = ", ".join(f"{name} {value}" for name, value in PAPER.items()).replace("_", "-")
     group = parser.add_argument_group(
         "options of a run",
-        f"--recipe paper: {paper}, the paper's initial weights, unscaled pixels",
+        f"Dropout, crops, rotation, jitter and mix reach their full strength after {RAMP_EPOCHS}\n"
+        f"epochs. --recipe paper: full strength at once, {paper},\n"
+        "the paper's initial weights, unscaled pixels.",
     )
     add = group.add_argument
     add("--recipe", choices=("default", "paper"), default="default", help="paper: see above")
@@ -192,13 +194,13 @@ def parse_args(argv: list[str] | None, kept: dict[str, Any] | None = None) -> Na
         "--rotation",
         type=number_within(0.0, 180.0),
         default=30.0,
-        help=f"degrees by which crops turn at most; grows over {RAMP_EPOCHS} epochs",
+        help="degrees by which crops turn at most",
     )
     add(
         "--jitter",
         type=share,
         default=0.4,
-        help="largest change of brightness, contrast and saturation; grows like --rotation",
+        help="largest change of brightness, contrast and saturation",
     )
     add(
         "--mix",
@@ -502,6 +504,16 @@ class Run:
     def lr(self, rate: float) -> None:
         self.optimizer.param_groups[0]["lr"] = rate
 
+    @property
+    def strength(self) -> float:
+        """How much augmentation and dropout there is, from 0 to 1 over the first epochs.
+
+        From easy photos a network learns sooner; hard ones keep it from learning them by heart.
+        """
+        if self.args.recipe == "paper":
+            return 1.0
+        return min(1.0, len(self.history) / RAMP_EPOCHS)
+
     def average_on_host(self) -> dict[str, Tensor]:
         """A copy of the average of the weights, which a machine without the device can load."""
         return {name: x.to("cpu", copy=True) for name, x in self.average.state_dict().items()}
@@ -687,6 +699,9 @@ def train_one_epoch(run: Run, epoch: int) -> tuple[float, float]:
     totals = torch.zeros(2, device=run.device)
     seen = steps_to_average = 0
     run.net.train()
+    for layer in run.net.classifier:
+        if isinstance(layer, nn.Dropout):
+            layer.p = 0.5 * run.strength  # section 4.2
     hide = get_rank() > 0 or None  # None: tqdm hides the bar where nobody watches
     bar = tqdm(batches, desc=f"epoch {epoch}", unit="batch", leave=False, disable=hide)
     for number, batch in enumerate(bar, 1):
@@ -741,16 +756,19 @@ def make_batch(run: Run, indices: Tensor) -> tuple[Tensor, Tensor]:
     """Images (n, 3, 224, 224) around 0..1 and targets (n, classes), augmented, on the device."""
     args = run.args
     pixels, labels = run.train_set.take(indices, run.device)
-    strength = min(1, len(run.history) / RAMP_EPOCHS)
+    strength = run.strength
+    crop_area = args.crop_area
+    if crop_area:  # 0 stands for the paper's crops
+        crop_area = 1 - strength * (1 - crop_area)
     images = alexnet.to_float(pixels)
-    images = random_crop(images, args.crop_area, strength * args.rotation)
+    images = random_crop(images, crop_area, strength * args.rotation)
     images = random_colors(images, run.color_axes, strength * args.jitter)
     targets = F.one_hot(labels, len(run.train_set.classes)).float()
 
     # Of the photos to mix, the first half show a window of another photo (CutMix), the second half
     # are blended with another (mixup). The other is of the same half, which so needs two photos or
     # more; of three or fewer, all get a window.
-    n_mixed = round(len(indices) * args.mix)
+    n_mixed = round(len(indices) * strength * args.mix)
     n_cutmix = math.ceil(n_mixed / 2) if n_mixed > 3 else n_mixed
     if n_mixed:
         for mix, part in ((CUTMIX, slice(n_cutmix)), (MIXUP, slice(n_cutmix, n_mixed))):
@@ -843,10 +861,17 @@ def warm_up(run: Run, epochs_done: float) -> None:
 
 
 def lower_rate_where_val_stalls(run: Run) -> None:
-    """Have ReduceLROnPlateau look at the last epoch's val loss."""
+    """Have ReduceLROnPlateau look at the last epoch's val loss; lower it for the last epochs."""
     # While the network guesses, losses hardly change; the rate must not fall then.
-    if len(run.history) > WARMUP_EPOCHS and not is_guessing(run):
-        run.scheduler.step(run.history[-1]["val_loss"])
+    epochs_done = len(run.history)
+    if epochs_done <= WARMUP_EPOCHS or is_guessing(run):
+        return
+    run.scheduler.step(run.history[-1]["val_loss"])
+
+    # A lower rate gains a lot in few epochs, so it has to come before the last of them.
+    if epochs_done == round(FIRST_DROP_BY * run.args.epochs) and run.lr == run.args.lr:
+        run.lr /= 10
+        run.scheduler.num_bad_epochs = 0
 
 
 def is_over(run: Run) -> bool:

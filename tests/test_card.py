@@ -47,10 +47,10 @@ def test_all_of_a_step_lies_on_the_card(driver, monkeypatch, pixels_on, pieces):
     """But for the backward pass, which asks the driver from C++, and CutMix, which reads values."""
     run, photos = object.__new__(train.Run), object.__new__(train.Photos)
     options = {"accumulate": pieces, "crop_area": 0.25, "rotation": 30.0, "jitter": 0.4, "mix": 0}
-    run.args = SimpleNamespace(**options, label_smoothing=0.1, ema=0.99)
+    run.args = SimpleNamespace(**options, label_smoothing=0.1, ema=0.99, recipe="default")
     photos.pixels = torch.zeros(100, 256, 256, 3, dtype=torch.uint8, device=pixels_on)
     photos.labels = torch.zeros(100, dtype=torch.int64, device=pixels_on)
-    photos.classes, run.train_set, run.history = list("abcde"), photos, []
+    photos.classes, run.train_set, run.history = list("abcde"), photos, [{}] * 40
     run.device, run.color_axes = torch.device("cuda:0"), torch.zeros(3, 3, device="cuda:0")
     run.autocast = torch.autocast("cpu", enabled=False)
     with run.device:

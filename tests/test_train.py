@@ -283,19 +283,23 @@ def test_color_shifts_have_a_hundredth_of_the_covariance_of_the_pixels(few, tmp_
     assert shifts.mean(0).abs().max() < 1e-3
 
 
-def test_turns_and_changes_of_colors_grow_over_60_epochs(few, tmp_path, monkeypatch):
+def test_crops_turns_colors_and_mixing_reach_full_strength_after_30_epochs(
+    few, tmp_path, monkeypatch
+):
     def record(images: Tensor, *limits: float) -> Tensor:
         """Of each photo a black, a red, a green and a blue pixel, (n, 3, 1, 4)."""
         drawn_crops.append(train.draw_crops(len(images), *limits))
+        smallest.append(limits[0])
         pixels = torch.cat([torch.zeros(3, 1), torch.eye(3)], dim=1)
         return pixels[None, :, None].repeat(len(images), 1, 1, 1)
 
     drawn_crops: list[Tensor] = []
+    smallest: list[float] = []
     photos = photos_of_one_color_each(np.array([[0, 0, 0], [50, 100, 150]]), 1)
     monkeypatch.setattr(train, "random_crop", record)
     run = new_run(few, tmp_path, *"--mix 0 --rotation 40 --jitter 0.3".split(), photos=photos)
     run.color_axes.zero_()
-    for epochs, strength in ((0, 0), (15, 0.25), (90, 1)):
+    for epochs, strength in ((0, 0), (15, 0.5), (90, 1)):
         run.history = [{}] * epochs
         images, _ = train.make_batch(run, torch.arange(2).repeat(10_000))
         crops, (shifts, colors) = drawn_crops[-1], images.squeeze(2).split([1, 3], dim=2)
@@ -312,12 +316,34 @@ def test_turns_and_changes_of_colors_grow_over_60_epochs(few, tmp_path, monkeypa
         torch.testing.assert_close(drawn.T.cov(), expected, rtol=0.03, atol=0.01)
         colors -= (scale * (1 - saturation) / 3)[:, :, None]
         torch.testing.assert_close(colors, (scale * saturation)[:, :, None] * torch.eye(3))
+    assert smallest == [1, 1 - 0.5 * 0.75, 0.25]
+
+    run.args.mix = 0.5
+    for epochs, n_mixed in ((0, 0), (15, 500), (60, 1000)):
+        run.history = [{}] * epochs
+        _, targets = train.make_batch(run, torch.arange(2).repeat(1000))
+        assert (targets[n_mixed:].amax(1) == 1).all()
+        # Half of the partners are of the same class, and some windows are empty.
+        assert (targets[:n_mixed].amax(1) < 1).sum() >= 0.3 * n_mixed
+
+
+@pytest.mark.parametrize(("recipe", "p"), [("default", [0, 0.25, 0.5]), ("paper", [0.5] * 3)])
+def test_dropout_grows_but_for_the_paper(few, tmp_path, monkeypatch, recipe, p):
+    monkeypatch.setattr(train, "train_one_batch", lambda run, batch: torch.zeros(2))
+    run = new_run(few, tmp_path, "--recipe", recipe)
+    found = []
+    for epochs in (0, 15, 50):
+        run.history = [{}] * epochs
+        train.train_one_epoch(run, epochs + 1)
+        found.append([layer.p for layer in run.net.modules() if isinstance(layer, nn.Dropout)])
+    assert found == [[x, x] for x in p]
 
 
 def test_two_of_five_show_a_window_of_another_two_are_blended_and_targets_tell_it(few, tmp_path):
     colors = torch.tensor([[0, 0, 0], [50, 100, 150], [100, 0, 200], [255, 255, 0], [9, 9, 9]])
     photos = photos_of_one_color_each(colors.numpy(), 256)
-    run = new_run(few, tmp_path, "--mix", "0.8", photos=photos)
+    run = new_run(few, tmp_path, "--mix", "0.8", "--jitter", "0", photos=photos)
+    run.history = [{}] * 40
     run.color_axes.zero_()
     torch.manual_seed(0)
     n_mixed = torch.zeros(5)
@@ -489,7 +515,13 @@ def test_the_recipe_of_the_paper_sets_its_options_and_its_start(few, tmp_path):
     assert run.net.std.flatten().tolist() == pytest.approx([1 / 255] * 3)
 
 
-def rates_of(results: list, folder: Path, patch: pytest.MonkeyPatch, n_large: int = 12) -> Any:
+def rates_of(
+    results: list,
+    folder: Path,
+    patch: pytest.MonkeyPatch,
+    n_large: int = 12,
+    first_drop_by: float = 1.0,
+) -> list[float]:
     """Learning rates by epoch, given loss and accuracy on 20 photos, n_large of one class."""
     labels, report = (torch.arange(20) >= n_large).long(), Mock()
     photos = photos_of(torch.zeros((20, 8, 8, 3), dtype=torch.uint8), labels, 2)
@@ -499,6 +531,7 @@ def rates_of(results: list, folder: Path, patch: pytest.MonkeyPatch, n_large: in
     patch.setattr(train, "save_weights", Mock())
     patch.setattr(train, "save_checkpoint", Mock())
     patch.setattr(train, "report", report)
+    patch.setattr(train, "FIRST_DROP_BY", first_drop_by)
     run_train(folder, folder, "--patience", "2", "--epochs", str(len(results)))
     return [row["lr"] for row in report.call_args.args[0].history]
 
@@ -523,7 +556,50 @@ def test_the_rate_drops_where_the_loss_stalls_and_a_plateau_is_told(tmp_path, mo
     stuck, learning = (0.7, 0.4), (0.4, 0.4)
     for results, n in (([stuck] * 5, 0), ([stuck] * 9, 1), ([*[stuck] * 5, learning, stuck], 0)):
         rates_of(results, tmp_path, monkeypatch)
-        assert capsys.readouterr().out.count("hint: ") == n
+        assert capsys.readouterr().out.count("hint: nothing is learnt") == n
+
+
+def test_the_rate_falls_after_four_fifths_of_the_epochs_if_it_has_not_before(tmp_path, monkeypatch):
+    assert train.FIRST_DROP_BY == 0.8
+    learning = [(0.6 * 0.98**i, 0.9) for i in range(20)]
+    for stalled in ((), [(0.6, 0.9)] * 8):
+        results = [*stalled, *learning][:20]
+        rates = rates_of(results, tmp_path, monkeypatch, first_drop_by=0.8)
+        n_high = 7 if stalled else 16
+        assert rates == pytest.approx([0.01] * n_high + [0.001] * (20 - n_high))
+    # The plateau counts anew behind that drop: three more bad epochs, and not one, lower it again.
+    results = [(0.6, 0.9)] * 3 + [(0.5, 0.9)] + [(0.51, 0.9)] * 6
+    rates = rates_of(results, tmp_path, monkeypatch, first_drop_by=0.6)
+    assert rates == pytest.approx([0.01] * 6 + [0.001] * 3 + [0.0001])
+    stuck = [(0.7, 0.4)] * 10
+    assert rates_of(stuck, tmp_path, monkeypatch, first_drop_by=0.8) == [0.01] * 10
+
+
+def test_hints_at_the_start(few, tmp_path, monkeypatch, capsys):
+    def hints(run: train.Run) -> list[str]:
+        train.print_setup(run)
+        return [line for line in capsys.readouterr().out.splitlines() if line.startswith("hint: ")]
+
+    run = new_run(few, tmp_path)  # of 3 photos a class
+    assert len(hints(run)) == 1 and "under 50 photos" in hints(run)[0]
+    run.train_set.counts = [50, 70]
+    assert hints(run) == []
+
+    # A torch for CPUs alone, beside the driver of a card.
+    run.args.device = "auto"
+    program = tmp_path / ("nvidia-smi.exe" if os.name == "nt" else "nvidia-smi")
+    program.touch(0o755)
+    for build, path, n in (
+        ("13.0", tmp_path, 0),
+        (None, tmp_path / "none", 0),
+        (None, tmp_path, 1),
+    ):
+        monkeypatch.setattr(torch.version, "cuda", build)
+        monkeypatch.setenv("PATH", str(path))
+        found = hints(run)
+        assert len(found) == n and ("NVIDIA" in "".join(found)) == bool(n)
+    run.args.device = "cpu"
+    assert hints(run) == []
 
 
 def test_a_run_leaves_its_files_and_nothing_else(two, few):
