@@ -127,6 +127,9 @@ def unpack(archive: Path, folder: Path) -> Path:
         if archive.suffix.lower() == ".zip" or zipfile.is_zipfile(archive):
             unpack_zip(archive, folder)
         else:
+            if not hasattr(tarfile, "data_filter"):  # before 3.10.12 and 3.11.4
+                way = "update it, or unpack the archive by hand, and give the folder as --source"
+                raise InputError(f"this Python cannot unpack a .tar safely: {way}")
             with tarfile.open(archive) as file:
                 file.extractall(folder, filter="data")
         for path in folder.rglob("*"):

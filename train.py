@@ -298,7 +298,9 @@ def only_run_in(output: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            with contextlib.suppress(OSError):  # Windows keeps a file that is in use
+            if os.name == "nt":
+                file.close()  # as Windows removes no open file
+            with contextlib.suppress(OSError):
                 path.unlink()
 
 

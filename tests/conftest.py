@@ -19,6 +19,8 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+POSIX = pytest.mark.skipif(os.name == "nt", reason="Windows cannot do this")
+LINUX = pytest.mark.skipif(sys.platform != "linux", reason="for names that others do not allow")
 CLOCK = {"seconds", "images_per_second"}
 
 from draw_flowers import draw_flower  # noqa: E402
@@ -112,7 +114,8 @@ def data(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run of two epochs."""
     output = tmp_path_factory.mktemp("run")
-    assert train.main(["--data", str(data), "--output", str(output), "--epochs", "2"]) == 0
+    argv = ["--data", str(data), "--output", str(output), "--epochs", "2", "--device", "cpu"]
+    assert train.main(argv) == 0
     return output
 
 

@@ -209,7 +209,8 @@ def test_what_is_no_picture_is_refused_in_a_sentence(tmp_path, monkeypatch):
         (tmp_path / name).write_bytes(content)
     (tmp_path / "folder.jpg").mkdir()
     (tmp_path / "loop.jpg").symlink_to("loop.jpg")
-    os.mkfifo(tmp_path / "pipe.jpg")  # to open it would block
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(tmp_path / "pipe.jpg")  # to open it would block
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     for path in (*tmp_path.iterdir(), tmp_path / "missing.jpg"):
         with pytest.raises(InputError, match=rf"^{re.escape(str(path))}: [^\n]+$") as caught:
@@ -276,11 +277,11 @@ def test_pictures_are_found_in_sorted_order_behind_links_too_and_hidden_ones_are
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(b"")
     for name, target in (("c", "../elsewhere"), ("a/top", ".."), ("b/self", "."), ("x", "none")):
-        (folder / name).symlink_to(target)
+        (folder / name).symlink_to(Path(target))
     found = [path.relative_to(folder).as_posix() for path in alexnet.image_files(folder)]
     assert found == ["0.avif", "a/deep/4.gif", "b/1.JFIF", "b/2.jpg", "c/5.jpg"]
-    (folder / "a" / "b").symlink_to("../b")  # two folders that hold links to each other
-    (folder / "b" / "a").symlink_to("../a")
+    (folder / "a" / "b").symlink_to(Path("../b"))  # two folders that hold links to each other
+    (folder / "b" / "a").symlink_to(Path("../a"))
     assert len(alexnet.image_files(folder)) < 12
 
 
@@ -353,7 +354,7 @@ def test_a_device_that_is_not_there_is_refused(name):
 
 @pytest.mark.parametrize("write", [torch.save, lambda x, file: file.write(x.numpy().tobytes())])
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, write):
-    path = tmp_path / "[a]*.pt"
+    path = tmp_path / "[a].pt"
     path.write_bytes(b"old")
     with pytest.raises(KeyboardInterrupt), alexnet.replacing(path) as file:
         file.write(b"half")

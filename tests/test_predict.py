@@ -40,7 +40,7 @@ def answer(trained: Path, capsys: pytest.CaptureFixture[str]) -> Callable:
 
     def run(*argv: str | Path) -> tuple[int, str, str]:
         capsys.readouterr()
-        weights = ["--weights", str(trained / "AlexNet.pth")]
+        weights = ["--weights", str(trained / "AlexNet.pth"), "--device", "cpu"]
         status = predict.main([*weights, *map(str, argv)])
         return status, *capsys.readouterr()
 
@@ -255,7 +255,12 @@ import predict
 predict.show(predict.draw_answers([{answer!a}]), pathlib.Path("a.png"))
 predict.show(predict.draw_confusion([{answer!a}], [{name!a}]), pathlib.Path("b.svg"))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"MPLBACKEND": "agg"},
+        capture_output=True,
+        encoding="utf-8",
+    )
     expected = "the figure is in a.png\nthe figure is in b.svg\n"
     assert (done.returncode, done.stderr) == (0, expected)
 
@@ -265,7 +270,7 @@ def test_no_figure_replaces_what_is_read(answer, trained, photo, data):
     names = ["prediction.png", "confusion_matrix.png", "photos/tulips/1.png"]
     for name in names:
         shutil.copy(photo, name)
-    Path("link.png").symlink_to(names[2])
+    Path("link.png").symlink_to(Path(names[2]))
     before = {name: Path(name).read_bytes() for name in names}
     for argv in (
         ["prediction.png"],
@@ -275,7 +280,8 @@ def test_no_figure_replaces_what_is_read(answer, trained, photo, data):
         [photo, "--similar", "photos", "--save", names[2]],
         ["photos", "confusion_matrix.png"],
     ):
-        message = error_of(predict.main, *argv, "--weights", trained / "AlexNet.pth")
+        weights = ("--weights", trained / "AlexNet.pth", "--device", "cpu")
+        message = error_of(predict.main, *argv, *weights)
         assert "would replace a file that is read: " in message
         assert ("--save" in message) == ("confusion_matrix.png" not in argv)
     assert answer("prediction.png", "--json")[0] == 0  # which draws nothing
@@ -289,7 +295,7 @@ def test_no_figure_replaces_what_is_read(answer, trained, photo, data):
 def test_no_figure_lies_among_the_photos(trained, photo, monkeypatch):
     shutil.copytree(photo.parent, "photos")
     before = sorted(os.listdir("photos"))
-    weights = ("--weights", trained / "AlexNet.pth")
+    weights = ("--weights", trained / "AlexNet.pth", "--device", "cpu")
     message = error_of(predict.main, "photos", "--save", "photos/all.png", *weights)
     assert "would lie among the photos" in message
     monkeypatch.chdir("photos")
@@ -324,7 +330,7 @@ def test_options_that_cannot_be(answer, photo, capsys):
 
 
 def test_folders_without_pictures(trained, photo):
-    weights = ("--weights", trained / "AlexNet.pth")
+    weights = ("--weights", trained / "AlexNet.pth", "--device", "cpu")
     Path("empty").mkdir()
     assert "empty" in error_of(predict.main, "empty", *weights)
     assert "empty" in error_of(predict.main, photo, "--similar", "empty", *weights)
@@ -332,31 +338,34 @@ def test_folders_without_pictures(trained, photo):
 
 def test_a_class_list_that_does_not_fit(trained, photo):
     Path("AlexNet.pth").symlink_to(trained / "AlexNet.pth")
-    assert "class_idx.json" in error_of(predict.main, photo)  # there is none
+    message = error_of(predict.main, photo, "--device", "cpu")
+    assert "class_idx.json" in message  # there is none
     for content in ('{"0": "a", "1": "b"}', "[]", '{"0": "a", "1": "b", "3": "c"}', "[[1", "3"):
         Path("class_idx.json").write_text(content)
-        assert "class_idx.json" in error_of(predict.main, photo)
+        assert "class_idx.json" in error_of(predict.main, photo, "--device", "cpu")
 
 
 def test_weights_that_cannot_answer_are_named(trained, photo):
-    folder = error_of(predict.main, photo, "--weights", trained)
+    folder = error_of(predict.main, photo, "--weights", trained, "--device", "cpu")
     assert f"is a folder; give the file {trained / 'AlexNet.pth'}" in folder
     state = torch.load(trained / "AlexNet.pth")
     state["classifier.6.bias"][0] = float("nan")
     torch.save(state, "broken.pth")
     shutil.copy(trained / "class_idx.json", ".")
-    assert "not finite" in error_of(predict.main, photo, "--weights", "broken.pth")
+    assert "not finite" in error_of(
+        predict.main, photo, "--weights", "broken.pth", "--device", "cpu"
+    )
 
 
 def test_out_of_memory_names_the_option_that_helps(trained, photo, monkeypatch):
     monkeypatch.setattr(alexnet, "predict_probabilities", Mock(side_effect=MemoryError()))
-    options = ("--weights", trained / "AlexNet.pth")
+    options = ("--weights", trained / "AlexNet.pth", "--device", "cpu")
     assert "--device cpu" in error_of(predict.main, photo, *options)
 
 
 def test_a_reader_that_has_seen_enough_is_no_error(trained, photo):
     command = [sys.executable, ROOT / "predict.py", photo, "--json"]
-    command += ["--weights", trained / "AlexNet.pth"]
+    command += ["--weights", trained / "AlexNet.pth", "--device", "cpu"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.close()
     assert process.stderr.read() == b"" and process.wait() == 1

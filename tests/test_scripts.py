@@ -8,8 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-from conftest import ROOT
+from conftest import POSIX, ROOT
 
 
 def run(*argv: str | Path, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -27,11 +26,12 @@ def test_split_train_predict_end_to_end(photos, tmp_path):
     split = run(ROOT / "split_data.py", "--source", photos, "--val-rate", "0.2", cwd=tmp_path)
     assert (split.returncode, split.stderr) == (0, "") and "total" in split.stdout
     backend = {"MPLBACKEND": "module://lacking_inline.backend_inline"}  # as under a notebook
-    train = run(ROOT / "train.py", "--epochs", "1", "--batch-size", "8", cwd=tmp_path, **backend)
+    options = ("--epochs", "1", "--batch-size", "8", "--device", "cpu")
+    train = run(ROOT / "train.py", *options, cwd=tmp_path, **backend)
     assert (train.returncode, train.stderr) == (0, "")
     assert "56,880,515 parameters" in train.stdout and "now classify a photo" in train.stdout
     photo = next((tmp_path / "data" / "val").rglob("*.jpg"))
-    predict = run(ROOT / "predict.py", photo, cwd=tmp_path, **backend)
+    predict = run(ROOT / "predict.py", photo, "--device", "cpu", cwd=tmp_path, **backend)
     assert (predict.returncode, predict.stderr) == (0, "the figure is in prediction.png\n")
     assert re.match(r"class: \w+, probability: [01]\.\d{3}\n", predict.stdout)
     assert (tmp_path / "prediction.png").stat().st_size > 5000
@@ -55,7 +55,7 @@ def test_a_console_without_the_letters_of_a_name_does_not_crash(tmp_path):
     assert "\\u84b2" in result.stdout and result.stderr.startswith("error: ")
 
 
-@pytest.mark.skipif(os.name == "nt", reason="for a shell that can close streams")
+@POSIX
 def test_without_a_console_all_is_done(photos, tmp_path):
     command = f"{sys.executable} {ROOT / 'split_data.py'} --source {photos} --output data"
     for number, closed in enumerate(("2>&-", ">&-", ">&- 2>&-")):
@@ -63,7 +63,8 @@ def test_without_a_console_all_is_done(photos, tmp_path):
             f"{command}{number} --val-rate 0.2 {closed}", shell=True, cwd=tmp_path
         )
         assert done.returncode == 0
-    train = f"{sys.executable} {ROOT / 'train.py'} --data data0 --epochs 1 --batch-size 8 >&- 2>&-"
+    options = "--data data0 --epochs 1 --batch-size 8 --device cpu"
+    train = f"{sys.executable} {ROOT / 'train.py'} {options} >&- 2>&-"
     assert subprocess.run(train, shell=True, cwd=tmp_path).returncode == 0
     assert (tmp_path / "run.json").exists()
 
@@ -82,3 +83,12 @@ def test_ci_runs_the_two_commands_of_the_readme_word_for_word():
     script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     assert len(commands) == 2
     assert all(command in script for command in commands)
+
+
+def test_the_chinese_readme_has_commands_of_the_english_one():
+    blocks = []
+    for name in ("README.md", "docs/README.zh-CN.md"):
+        text = (ROOT / name).read_text(encoding="utf-8")
+        blocks.append(re.findall(r"```sh\n(.*?)```", text, re.DOTALL))
+    english, chinese = blocks
+    assert len(chinese) == 3 and set(chinese) <= set(english)

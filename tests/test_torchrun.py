@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, error_of, history_of
+from conftest import POSIX, ROOT, error_of, history_of
 from PIL import Image
 from test_train import FILES, NarrowLinear
 
@@ -76,6 +76,7 @@ def test_what_a_cluster_left_in_the_environment_is_named(tmp_path, monkeypatch):
     assert "cannot be connected" in error_of(train.main, "--device", "cpu", "--data", tmp_path)
 
 
+@POSIX  # torchrun needs libuv, which builds for Windows lack
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no distributed")
 def test_two_processes_equal_one_and_one_resumes_what_two_began(tmp_path, monkeypatch):
     pixels = np.random.default_rng(0)  # of noise: equal pixels would make rounding choose

@@ -17,7 +17,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-from conftest import contents, draw_photos, error_of, full_disk, history_of, same
+from conftest import POSIX, contents, draw_photos, error_of, full_disk, history_of, same
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -129,6 +129,7 @@ def test_the_pack_is_made_once_and_anew_when_a_file_changes(few, tmp_path, monke
     assert np.array_equal(open_photos(data, tmp_path)[0].pixels, train_set.pixels)
 
 
+@POSIX
 def test_a_photo_edited_in_place_is_decoded_anew(few, tmp_path):
     data = copy_of(few, tmp_path / "data")
     before, _ = open_photos(data, tmp_path)
@@ -178,6 +179,7 @@ def test_a_class_whose_name_begins_with_a_dot_is_left_out_and_named(few, tmp_pat
     assert f"{data / 'train' / '.net'} (2 photos)" in capsys.readouterr().err
 
 
+@POSIX
 def test_a_set_may_be_larger_than_the_memory(few, tmp_path, monkeypatch):
     def write_empty(path: Path, files: list[Path]) -> None:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
