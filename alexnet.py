@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import errno
 import glob
 import io
 import json
@@ -405,11 +404,9 @@ def one_line_errors(out_of_memory: str = "close other programs") -> Iterator[Non
     try:
         yield
         sys.stdout.flush()
+    except BrokenPipeError:  # `| head` closed it
+        sys.exit(1)
     except (InputError, OSError) as error:
-        # `| head` closed the pipe; Windows then says EINVAL, and of no file.
-        windows_pipe = os.name == "nt" and getattr(error, "errno", None) == errno.EINVAL
-        if isinstance(error, BrokenPipeError) or (windows_pipe and not error.filename):
-            sys.exit(1)
         sys.exit("error: " + " ".join(str(error).split()))  # names may hold line breaks
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):

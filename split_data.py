@@ -47,6 +47,10 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     with alexnet.one_line_errors():
         check_places(args.source, args.output)
+        is_tar = not args.source.is_dir() and args.source.suffix.lower() != ".zip"
+        if is_tar and not hasattr(tarfile, "data_filter"):
+            way = "take 3.10.12, 3.11.4 or later, or unpack it by hand, and give the folder"
+            raise InputError(f"this Python cannot unpack {args.source} safely: {way} as --source")
         if args.source == ARCHIVE and not ARCHIVE.exists():
             download()
 
@@ -127,9 +131,6 @@ def unpack(archive: Path, folder: Path) -> Path:
         if archive.suffix.lower() == ".zip" or zipfile.is_zipfile(archive):
             unpack_zip(archive, folder)
         else:
-            if not hasattr(tarfile, "data_filter"):  # before 3.10.12 and 3.11.4
-                way = "update it, or unpack the archive by hand, and give the folder as --source"
-                raise InputError(f"this Python cannot unpack a .tar safely: {way}")
             with tarfile.open(archive) as file:
                 file.extractall(folder, filter="data")
         for path in folder.rglob("*"):

@@ -57,10 +57,11 @@ else:
 
 WARMUP_EPOCHS = 3  # the learning rate rises from 0 to --lr over these
 RAMP_EPOCHS = 30  # augmentation and dropout grow from nothing over these; see Run.strength
-FIRST_DROP_BY = 0.8  # of --epochs; if val has not stalled by then, the rate is divided by 10
+FIRST_DROP_BY = 0.8  # of --epochs; then the rate is divided by 10, if val has not stalled before
 MAX_LR_DROPS = 3  # the rate may be divided by 10 so often (section 5); the next drop ends the run
 AVERAGE_EVERY = 8  # steps between updates of the average; at every step it costs 3 % on a CPU
-FEW_PHOTOS = 50  # per class; with 20, this network learnt little more than to guess
+FEW_PHOTOS = 50  # per class; 20 taught this network little more than to guess, 100 much more
+RUN_VERSION = 2  # of last.pt; to be raised when a resumed run would go on by another recipe
 SAVE_PAUSE = 60  # seconds between saves: on a GPU, an epoch may take less time than saving
 
 # What --recipe paper sets. It also initialises the weights as the paper did, and only subtracts the
@@ -182,7 +183,8 @@ def parse_args(argv: list[str] | None, kept: dict[str, Any] | None = None) -> Na
         "--patience",
         type=number_within(0, 2**20),
         default=10,
-        help="epochs without a 1 %% lower val loss before lr is divided by 10",
+        help="epochs without a 1 %% lower val loss before lr is divided by 10; the first time, that"
+        " comes after 4/5 of --epochs at the latest",
     )
     add(
         "--crop-area",
@@ -311,7 +313,7 @@ def load_checkpoint(args: Namespace) -> dict[str, Any]:
         raise InputError(f"there is no {last} to go on with; run without --resume")
     checkpoint = alexnet.load_tensors(last)
     options = checkpoint.get("options")
-    if not isinstance(options, dict) or options.keys() != options_of(args).keys():
+    if checkpoint.get("version") != RUN_VERSION or options.keys() != options_of(args).keys():
         raise other_version(last)
     return checkpoint
 
@@ -523,6 +525,7 @@ class Run:
     def state_dict(self) -> dict[str, Any]:
         """What last.pt holds."""
         state = {name: getattr(self, name).state_dict() for name in self.PARTS}
+        state["version"] = RUN_VERSION
         state["options"] = options_of(self.args)
         state["photos"] = [self.train_set.digest, self.val_set.digest]
         state["history"] = self.history
@@ -568,7 +571,7 @@ def print_setup(run: Run) -> None:
     if run.args.device == "auto" and cpu_build and shutil.which("nvidia-smi"):
         way = "pytorch.org/get-started tells how to install the build for its driver"
         print(f"hint: this computer has an NVIDIA card, which this torch cannot use; {way}")
-    if min(counts) < FEW_PHOTOS:
+    if min(counts) < FEW_PHOTOS and not run.args.init:
         way = "a pretrained network, fine-tuned, needs fewer"
         print(f"hint: classes of under {FEW_PHOTOS} photos are hardly learnt from scratch; {way}")
 
@@ -871,7 +874,8 @@ def lower_rate_where_val_stalls(run: Run) -> None:
     run.scheduler.step(run.history[-1]["val_loss"])
 
     # A lower rate gains a lot in few epochs, so it has to come before the last of them.
-    if epochs_done == round(FIRST_DROP_BY * run.args.epochs) and run.lr == run.args.lr:
+    last_epochs = range(round(FIRST_DROP_BY * run.args.epochs), run.args.epochs)
+    if epochs_done in last_epochs and run.lr == run.args.lr:
         run.lr /= 10
         run.scheduler.num_bad_epochs = 0
 

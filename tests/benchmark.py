@@ -81,6 +81,7 @@ def our_batches(
     argv = ["--data", str(data), "--output", str(data / "run"), "--batch-size", str(batch_size)]
     args = train.parse_args([*argv, "--precision", precision, "--device", str(device)])
     run = train.Run(args, alexnet.pick_device(args.device), *train.open_photos(args))
+    run.history = [{}] * train.RAMP_EPOCHS  # as from then on, when all augmentation is on
     run.net.train()
     make_batch, seconds = train.make_batch, []
 

@@ -93,7 +93,7 @@ def test_a_run_on_a_card_can_be_stopped_resumed_and_used(few, tmp_path, monkeypa
 @card
 def test_pixels_on_the_card_and_on_the_host_give_one_batch(few, tmp_path):
     run, batches = new_run(few, tmp_path, "--device", "cuda"), []
-    photos = run.train_set
+    photos, run.history = run.train_set, [{}] * train.RAMP_EPOCHS
     for device in ("cuda", "cpu"):
         photos.pixels, photos.labels = photos.pixels.to(device), photos.labels.to(device)
         torch.manual_seed(0)

@@ -15,7 +15,7 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, error_of
+from conftest import POSIX, ROOT, error_of
 from matplotlib import pyplot
 from PIL import Image
 
@@ -363,6 +363,7 @@ def test_out_of_memory_names_the_option_that_helps(trained, photo, monkeypatch):
     assert "--device cpu" in error_of(predict.main, photo, *options)
 
 
+@POSIX
 def test_a_reader_that_has_seen_enough_is_no_error(trained, photo):
     command = [sys.executable, ROOT / "predict.py", photo, "--json"]
     command += ["--weights", trained / "AlexNet.pth", "--device", "cpu"]

@@ -338,7 +338,11 @@ def test_names_in_a_zip_are_what_was_typed_or_it_is_refused(twelve, tmp_path):
 def test_a_python_that_cannot_unpack_safely_says_what_to_do(twelve, tmp_path, monkeypatch):
     archive = pack(tmp_path / "x.tar", contents(twelve))
     monkeypatch.delattr(tarfile, "data_filter")
-    assert "update it, or unpack the archive by hand" in refusal(archive, tmp_path / "data")
+    message = refusal(archive, tmp_path / "data")
+    assert message.startswith(f"error: this Python cannot unpack {archive} safely: take 3.10.12")
+    monkeypatch.chdir(tmp_path)
+    assert "cannot unpack flower_photos.tgz" in error_of(split_data.main)  # before the download
+    assert split(twelve, tmp_path / "data")
 
 
 def test_long_lists_and_blanks_in_names_stay_readable(twelve, tmp_path, monkeypatch, capsys):

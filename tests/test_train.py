@@ -42,6 +42,7 @@ def narrow() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(nn, "Linear", NarrowLinear)
         patch.setattr(train, "SAVE_PAUSE", 0)  # after every epoch
+        patch.setattr(train, "RAMP_EPOCHS", 1)  # so that a second epoch has everything
         yield
 
 
@@ -297,6 +298,7 @@ def test_crops_turns_colors_and_mixing_reach_full_strength_after_30_epochs(
 
     drawn_crops: list[Tensor] = []
     smallest: list[float] = []
+    monkeypatch.setattr(train, "RAMP_EPOCHS", 30)
     photos = photos_of_one_color_each(np.array([[0, 0, 0], [50, 100, 150]]), 1)
     monkeypatch.setattr(train, "random_crop", record)
     run = new_run(few, tmp_path, *"--mix 0 --rotation 40 --jitter 0.3".split(), photos=photos)
@@ -323,14 +325,16 @@ def test_crops_turns_colors_and_mixing_reach_full_strength_after_30_epochs(
     run.args.mix = 0.5
     for epochs, n_mixed in ((0, 0), (15, 500), (60, 1000)):
         run.history = [{}] * epochs
+        torch.manual_seed(0)
         _, targets = train.make_batch(run, torch.arange(2).repeat(1000))
         assert (targets[n_mixed:].amax(1) == 1).all()
-        # Half of the partners are of the same class, and some windows are empty.
-        assert (targets[:n_mixed].amax(1) < 1).sum() >= 0.3 * n_mixed
+        # Images of 1 x 4 pixels are too small for CutMix; each blend is with the other class.
+        assert (targets[n_mixed // 2 : n_mixed].amax(1) < 1).all()
 
 
 @pytest.mark.parametrize(("recipe", "p"), [("default", [0, 0.25, 0.5]), ("paper", [0.5] * 3)])
 def test_dropout_grows_but_for_the_paper(few, tmp_path, monkeypatch, recipe, p):
+    monkeypatch.setattr(train, "RAMP_EPOCHS", 30)
     monkeypatch.setattr(train, "train_one_batch", lambda run, batch: torch.zeros(2))
     run = new_run(few, tmp_path, "--recipe", recipe)
     found = []
@@ -659,6 +663,26 @@ def test_a_run_that_ends_is_killed_and_resumed_equals_an_unbroken_one(
     assert (broken / "AlexNet.pth").read_bytes() == before
 
 
+def test_a_run_resumed_behind_the_forced_drop_goes_on_at_the_lower_rate(few, tmp_path, monkeypatch):
+    def stop_at_4(run: train.Run, epoch: int) -> tuple[float, float]:
+        if epoch == 4:
+            raise KeyboardInterrupt
+        return train_one_epoch(run, epoch)
+
+    for name, value in (("WARMUP_EPOCHS", 1), ("FIRST_DROP_BY", 0.5)):
+        monkeypatch.setattr(train, name, value)
+    monkeypatch.setattr(train, "is_guessing", lambda run: False)
+    train_one_epoch = train.train_one_epoch
+    unbroken = run_train(few, tmp_path / "unbroken", "--epochs", "4")
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(train, "train_one_epoch", stop_at_4)
+        run_train(few, tmp_path / "broken", "--epochs", "4")
+    broken = run_train(few, tmp_path / "broken", "--resume")
+    rates = [float(row["lr"]) for row in history_of(broken)]
+    assert rates == pytest.approx([0.01, 0.01, 0.001, 0.001])
+    assert same(*(alexnet.load_tensors(x / "last.pt") for x in (broken, unbroken)))
+
+
 @pytest.mark.parametrize("kind, epochs", [("gone", "2"), ("of other classes", "3")])
 def test_resuming_goes_on_without_the_best_weights(two, few, tmp_path, capsys, kind, epochs):
     output = shutil.copytree(two, tmp_path / "run")
@@ -869,6 +893,10 @@ def test_resuming_what_does_not_fit(two, few, tmp_path):
         assert contents(tmp_path) == {"last.pt": content}
     assert "--groups 2" in refusal(few, two, "--resume", "--groups", "1")
     assert "--recipe default" in refusal(few, two, "--resume", "--recipe", "paper")
+    older = alexnet.load_tensors(two / "last.pt") | {"version": 1}
+    (tmp_path / "older").mkdir()
+    torch.save(older, tmp_path / "older" / "last.pt")
+    assert "is of another version of train.py" in refusal(few, tmp_path / "older", "--resume")
     fewer, other = copy_of(few, tmp_path / "fewer"), copy_of(few, tmp_path / "other")
     (fewer / "train/a/00.jpg").unlink()
     for side in ("train", "val"):
