@@ -47,10 +47,6 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     with alexnet.one_line_errors():
         check_places(args.source, args.output)
-        is_tar = not args.source.is_dir() and args.source.suffix.lower() != ".zip"
-        if is_tar and not hasattr(tarfile, "data_filter"):
-            way = "take 3.10.12, 3.11.4 or later, or unpack it by hand, and give the folder"
-            raise InputError(f"this Python cannot unpack {args.source} safely: {way} as --source")
         if args.source == ARCHIVE and not ARCHIVE.exists():
             download()
 
@@ -104,6 +100,10 @@ def check_places(source: Path, output: Path) -> None:
     """Refuse what is no source, and an output that is neither empty nor a split."""
     if not source.exists() and source != ARCHIVE:
         raise InputError(f"--source {source} does not exist")
+    is_tar = not source.is_dir() and source.suffix.lower() != ".zip"
+    if is_tar and not hasattr(tarfile, "data_filter"):
+        way = "take 3.10.12, 3.11.4 or later, or unpack it by hand, and give the folder as --source"
+        raise InputError(f"this Python cannot unpack {source} safely: {way}")
     if output.resolve().is_relative_to(source.resolve()):
         raise InputError(f"--output {output} lies in --source {source}; give one outside")
     if os.path.ismount(output):  # os.rename cannot replace it

@@ -56,7 +56,7 @@ else:
     import fcntl
 
 WARMUP_EPOCHS = 3  # the learning rate rises from 0 to --lr over these
-RAMP_EPOCHS = 30  # augmentation and dropout grow from nothing over these; see Run.strength
+RAMP_EPOCHS = 30  # crops, turns, colours, mixing and dropout grow over these; see Run.strength
 FIRST_DROP_BY = 0.8  # of --epochs; then the rate is divided by 10, if val has not stalled before
 MAX_LR_DROPS = 3  # the rate may be divided by 10 so often (section 5); the next drop ends the run
 AVERAGE_EVERY = 8  # steps between updates of the average; at every step it costs 3 % on a CPU
@@ -65,7 +65,7 @@ RUN_VERSION = 2  # of last.pt; to be raised when a resumed run would go on by an
 SAVE_PAUSE = 60  # seconds between saves: on a GPU, an epoch may take less time than saving
 
 # What --recipe paper sets. It also initialises the weights as the paper did, and only subtracts the
-# mean from the pixels. The rate still warms up, and falls by the val loss.
+# mean from the pixels. The rate still warms up, and falls as in the default recipe.
 PAPER = {
     "batch_size": 128,
     "ema": 0.0,
@@ -510,7 +510,7 @@ class Run:
 
     @property
     def strength(self) -> float:
-        """How much augmentation and dropout there is, from 0 to 1 over the first epochs.
+        """How far crops, turns, colours, mixing and dropout have grown, 0..1; the paper's do not.
 
         From easy photos a network learns sooner; hard ones keep it from learning them by heart.
         """
@@ -566,14 +566,17 @@ def print_setup(run: Run) -> None:
     print(f"baseline (largest class): accuracy {max(run.class_shares):.4f}")
     print(f"network  {sum(p.numel() for p in run.net.parameters()):,} parameters")
 
-    # On Windows, pip installs a build for CPUs alone, unless it is told where to look.
-    cpu_build = torch.version.cuda is None and torch.version.hip is None
-    if run.args.device == "auto" and cpu_build and shutil.which("nvidia-smi"):
+    if run.args.device == "auto" and lacks_cuda(torch.version.cuda or torch.version.hip):
         way = "pytorch.org/get-started tells how to install the build for its driver"
         print(f"hint: this computer has an NVIDIA card, which this torch cannot use; {way}")
     if min(counts) < FEW_PHOTOS and not run.args.init:
         way = "a pretrained network, fine-tuned, needs fewer"
         print(f"hint: classes of under {FEW_PHOTOS} photos are hardly learnt from scratch; {way}")
+
+
+def lacks_cuda(built_for: str | None) -> bool:
+    """Whether torch is built for CPUs alone, as pip installs it on Windows, beside a card."""
+    return built_for is None and shutil.which("nvidia-smi") is not None
 
 
 def resume(run: Run, checkpoint: dict[str, Any]) -> None:
@@ -866,7 +869,7 @@ def warm_up(run: Run, epochs_done: float) -> None:
 
 
 def lower_rate_where_val_stalls(run: Run) -> None:
-    """Have ReduceLROnPlateau look at the last epoch's val loss; lower it for the last epochs."""
+    """Have ReduceLROnPlateau look at the last val loss; for the last epochs, lower the rate."""
     # While the network guesses, losses hardly change; the rate must not fall then.
     epochs_done = len(run.history)
     if epochs_done <= WARMUP_EPOCHS or is_guessing(run):

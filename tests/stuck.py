@@ -1,9 +1,8 @@
 """Why SGD gets stuck at the share of the largest class: from the tutorial's start to ours.
 
-    python tests/stuck.py data    # the folder of split_data.py; 22 epochs in float32
+    python tests/stuck.py --data data    # 22 epochs in float32
 
-A person runs this. Photos, network, batch, crops and dropout are ours throughout, without the
-average of the weights, smoothing, mixing, turns and colours; each row changes one thing more.
+A person runs this. Each row changes one thing more; none has average, smoothing, mixing or turns.
 """
 
 import sys
@@ -15,7 +14,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train
-from alexnet import AlexNet, pick_device
+from alexnet import AlexNet, one_line_errors, pick_device
 
 # Epochs, learning rate, bias of the hidden linear layers, the pixels' own statistics, He's weights.
 ROWS = {
@@ -43,18 +42,19 @@ def set_start(net: AlexNet, bias: float, own_statistics: bool, he: bool) -> None
                 nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
 
 
-print("| recipe | epochs | val accuracy, best | last |\n|---|---|---|---|", flush=True)
-train.WARMUP_EPOCHS = 0
-for name, (epochs, lr, *start) in ROWS.items():
-    options = f"--lr {lr} --ema 0 --label-smoothing 0 --mix 0 --rotation 0 --jitter 0".split()
-    args = train.parse_args([*options, "--precision", "float32", "--data", sys.argv[1]])
-    run = train.Run(args, pick_device("auto"), *train.open_photos(args))
-    run.history = [{}] * train.RAMP_EPOCHS  # as from then on, with crops and dropout in full
-    set_start(run.net, *start)
-    accuracies = []
-    scheduler = ReduceLROnPlateau(run.optimizer, "max", patience=3)  # on the accuracy
-    for epoch in range(1, epochs + 1):
-        train.train_one_epoch(run, epoch)
-        accuracies.append(train.evaluate(run, run.net.eval())[1])
-        scheduler.step(accuracies[-1])
-    print(f"| {name} | {epochs} | {max(accuracies):.3f} | {accuracies[-1]:.3f} |", flush=True)
+with one_line_errors():
+    print("| recipe | epochs | val accuracy, best | last |\n|---|---|---|---|", flush=True)
+    train.WARMUP_EPOCHS = 0
+    for name, (epochs, lr, *start) in ROWS.items():
+        options = f"--lr {lr} --ema 0 --label-smoothing 0 --mix 0 --rotation 0 --jitter 0".split()
+        args = train.parse_args([*options, "--precision", "float32", *sys.argv[1:]])
+        run = train.Run(args, pick_device("auto"), *train.open_photos(args))
+        run.history = [{}] * train.RAMP_EPOCHS  # as from then on, with crops and dropout in full
+        set_start(run.net, *start)
+        accuracies = []
+        scheduler = ReduceLROnPlateau(run.optimizer, "max", patience=3)  # on the accuracy
+        for epoch in range(1, epochs + 1):
+            train.train_one_epoch(run, epoch)
+            accuracies.append(train.evaluate(run, run.net.eval())[1])
+            scheduler.step(accuracies[-1])
+        print(f"| {name} | {epochs} | {max(accuracies):.3f} | {accuracies[-1]:.3f} |", flush=True)

@@ -595,15 +595,13 @@ def test_hints_at_the_start(few, tmp_path, monkeypatch, capsys):
     run.args.device = "auto"
     program = tmp_path / ("nvidia-smi.exe" if os.name == "nt" else "nvidia-smi")
     program.touch(0o755)
-    for build, path, n in (
-        ("13.0", tmp_path, 0),
-        (None, tmp_path / "none", 0),
-        (None, tmp_path, 1),
-    ):
-        monkeypatch.setattr(torch.version, "cuda", build)
+    built_for = torch.version.cuda or torch.version.hip
+    for path, beside_a_card in ((tmp_path, True), (tmp_path / "none", False)):
         monkeypatch.setenv("PATH", str(path))
+        assert train.lacks_cuda(None) == beside_a_card and not train.lacks_cuda("13.0")
         found = hints(run)
-        assert len(found) == n and ("NVIDIA" in "".join(found)) == bool(n)
+        assert len(found) == train.lacks_cuda(built_for) == ("NVIDIA" in "".join(found))
+    monkeypatch.setenv("PATH", str(tmp_path))
     run.args.device = "cpu"
     assert hints(run) == []
 
