@@ -15,6 +15,10 @@ import train
 
 has_card, no_build = torch.cuda.is_available(), torch.version.cuda is None
 without = pytest.mark.skipif(has_card or no_build, reason="for a CUDA build without a card")
+# In torch 2.9 even a fake tensor of a card calls its driver; 2.14 is the first seen not to.
+not_in_old_torch = pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 14), reason="for torch 2.14 or later"
+)
 card = pytest.mark.skipif(not has_card, reason="there is no card")
 
 
@@ -42,6 +46,7 @@ def test_the_precision_is_what_the_card_has_and_tf32_is_told(driver):
 
 
 @without
+@not_in_old_torch
 @pytest.mark.parametrize("pixels_on, pieces", [("cuda", 1), ("cuda", 2), ("cpu", 1), ("cpu", 2)])
 def test_all_of_a_step_lies_on_the_card(driver, monkeypatch, pixels_on, pieces):
     """But for the backward pass, which asks the driver from C++, and CutMix, which reads values."""
