@@ -86,8 +86,8 @@ class AlexNet(nn.Module):
     def initialize(self, recipe: str) -> None:
         """Draw the weights to start from.
 
-        "default": He's rule, biases 0; but conv1 N(0, 0.01), as more noise would never train away,
-        and stay to be seen in the kernels.
+        "default": He's rule, biases 0; but conv1 N(0, 0.01), as stronger noise is never trained
+        away, and would show in the kernels.
         "paper": section 5, with conv3 to conv5 as in the 2012 source (layers-145.cfg). It also sets
         `std` so that pixels keep their scale of 0..255: smaller ones would be lost beside biases of
         1.
@@ -159,7 +159,7 @@ class NormalizeChannels(torch.autograd.Function):
         dd_j / dx_i = 2 alpha x_i, and dy_j / dd_j = -0.75 x_j d_j^-1.75. Together:
         gradient by x_i = g_i d_i^-0.75 - 1.5 alpha x_i * sum of g_j x_j d_j^-1.75.
 
-    The channels near i that d_i sums over are also those whose d_j sum over i.
+    Channel j is near i exactly where i is near j, so one function sums for both directions.
     """
 
     @staticmethod
@@ -232,6 +232,7 @@ def visible_files(folder: Path, above: Iterable[Path] = ()) -> list[Path]:
     above = {*above, here, *here.parents}  # to follow a link to one of these would never end
     try:
         paths = sorted(folder.iterdir())
+        folders = set(filter(Path.is_dir, paths))
     except PermissionError as error:
         print(f"skipped, no permission to read: {folder} ({error.strerror})", file=sys.stderr)
         return []
@@ -240,7 +241,7 @@ def visible_files(folder: Path, above: Iterable[Path] = ()) -> list[Path]:
             continue
         if path.name[0] == ".":
             tell_hidden(path)
-        elif not path.is_dir():
+        elif path not in folders:
             files.append(path)
         elif path.resolve() not in above:
             files += visible_files(path, above)
@@ -391,9 +392,9 @@ def is_out_of_memory(error: Exception) -> bool:
 
 @contextlib.contextmanager
 def one_line_errors(out_of_memory: str = "close other programs") -> Iterator[None]:
-    """End in one line, not a traceback, where the user can help it, or stops.
+    """Turn errors that the user can mend, and Ctrl-C, into one line without a traceback.
 
-    A KeyboardInterrupt may say what is left behind.
+    A KeyboardInterrupt's argument is printed, too.
     """
     for name in ("stdout", "stderr"):  # under pythonw and some services there is none
         stream = getattr(sys, name)
@@ -404,7 +405,8 @@ def one_line_errors(out_of_memory: str = "close other programs") -> Iterator[Non
     try:
         yield
         sys.stdout.flush()
-    except BrokenPipeError:  # `| head` closed it
+    except BrokenPipeError:  # `| head` closed it; at its exit Python writes what is left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (InputError, OSError) as error:
         sys.exit("error: " + " ".join(str(error).split()))  # names may hold line breaks
@@ -420,7 +422,7 @@ def one_line_errors(out_of_memory: str = "close other programs") -> Iterator[Non
 def pick_device(name: str) -> torch.device:
     """The device, made ready; "auto" is CUDA or MPS where there is one, else the CPU.
 
-    It has its index, as torch.cuda's functions on memory refuse a device without one.
+    It has its index, which torch.cuda.set_device needs.
     """
     if name == "auto":
         name = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")

@@ -684,7 +684,8 @@ def train(run: Run) -> None:
             left = f"--resume goes on after epoch {epochs_saved}"
         raise KeyboardInterrupt(left) from None
     finally:
-        if get_rank() == 0:
+        # Until the first save, last.pt may be of the run that --overwrite is to replace.
+        if get_rank() == 0 and epochs_saved:
             save_weights(run)
 
 

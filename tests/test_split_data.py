@@ -130,12 +130,22 @@ def test_a_folder_that_may_not_be_read_is_no_empty_one(twelve, tmp_path, monkeyp
             raise PermissionError(13, "not allowed")
         return whole(path)
 
+    def is_dir(path: Path) -> bool:
+        if path.parent == listed:  # which may be listed, but not entered
+            raise PermissionError(13, "not allowed")
+        return tells(path)
+
     whole, closed = Path.iterdir, [twelve / "a" / "inner"]
-    shutil.copytree(twelve / "b", twelve / "a" / "inner")
+    tells, listed = Path.is_dir, twelve / "a" / "other"
+    for folder in (closed[0], listed):
+        shutil.copytree(twelve / "b", folder)
     monkeypatch.setattr(Path, "iterdir", iterdir)
-    assert len(split(twelve, tmp_path / "data")) == 23
-    told = f"skipped, no permission to read: {closed[0]} (not allowed)"
-    assert told in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "is_dir", is_dir)
+        assert len(split(twelve, tmp_path / "data")) == 23
+    printed = capsys.readouterr().err
+    for folder in (closed[0], listed):
+        assert f"skipped, no permission to read: {folder} (not allowed)" in printed
     closed.append(twelve)
     assert "not allowed" in refusal(twelve, tmp_path / "other")
 

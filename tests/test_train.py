@@ -8,6 +8,7 @@ import mmap
 import os
 import re
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -737,6 +738,17 @@ def test_overwriting_keeps_a_run_until_an_epoch_is_whole(two, few, tmp_path, mon
     run_train(few, output, "--overwrite", "--epochs", "1", "--seed", "1")
     assert {path.name for path in output.iterdir()} == FILES and len(history_of(output)) == 1
     assert (output / "AlexNet.pth").read_bytes() != (two / "AlexNet.pth").read_bytes()
+
+
+@POSIX
+def test_overwriting_keeps_a_run_where_nobody_reads_the_output(two, few, tmp_path, monkeypatch):
+    output = shutil.copytree(two, tmp_path / "run")
+    reader, writer = os.pipe()
+    os.close(reader)  # as `| true` does
+    with open(writer, "w") as stdout, pytest.raises(SystemExit) as caught:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        run_train(few, output, "--overwrite", "--seed", "1")
+    assert caught.value.code == 1 and contents(output) == contents(two)
 
 
 def test_ctrl_c_in_an_epoch_keeps_the_best_weights_and_changes_no_result(
