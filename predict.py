@@ -250,12 +250,12 @@ def print_scores(known: list[Answer], n_classes: int) -> None:
     answered = Counter(answer["class"] for answer in known)
     right = Counter(answer["true_class"] for answer in known if not is_wrong(answer))
     print("recall  precision")
+    recalls = []
     for label, total in sorted(totals.items()):
-        recall = right[label] / total
+        recalls.append(right[label] / total)
         precision = f"{right[label] / answered[label]:.4f}" if answered[label] else "     -"
         counts = f"{right[label]} of {total} right, named {answered[label]} times"
-        print(f"{recall:.4f}     {precision}  {label}: {counts}")
-    recalls = [right[label] / total for label, total in totals.items()]
+        print(f"{recalls[-1]:.4f}     {precision}  {label}: {counts}")
     print(f"{sum(recalls) / len(recalls):.4f}  mean recall over the classes")
 
     # The paper's measure; it needs five answers a photo, which --top-k may not leave.

@@ -56,12 +56,12 @@ else:
     import fcntl
 
 WARMUP_EPOCHS = 3  # the learning rate rises from 0 to --lr over these
-RAMP_EPOCHS = 30  # crops, turns, colours, mixing and dropout grow over these; see Run.strength
+RAMP_EPOCHS = 30  # crops, turns, jitter, mixing and dropout grow over these; see Run.strength
 FIRST_DROP_BY = 0.8  # of --epochs; then the rate is divided by 10, if val has not stalled before
 MAX_LR_DROPS = 3  # the rate may be divided by 10 so often (section 5); the next drop ends the run
 AVERAGE_EVERY = 8  # steps between updates of the average; at every step it costs 3 % on a CPU
 FEW_PHOTOS = 50  # per class; 20 taught this network little more than to guess, 100 much more
-RUN_VERSION = 2  # of last.pt; to be raised when a resumed run would go on by another recipe
+RUN_VERSION = 2  # of last.pt; raise it when the code would go on with an old run differently
 SAVE_PAUSE = 60  # seconds between saves: on a GPU, an epoch may take less time than saving
 
 # What --recipe paper sets. It also initialises the weights as the paper did, and only subtracts the
@@ -82,14 +82,13 @@ LINE = (
     "{epoch:5} {lr:8.2g}   {train_loss:10.4f}  {train_accuracy:8.4f}   "
     "{val_loss:8.4f}  {val_accuracy:8.4f}   {seconds:7.1f}  {images_per_second:8.1f}  {left:8.1f}"
 )
-TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 CUTMIX, MIXUP = CutMix(), MixUp(alpha=0.2)
 
 # torch warns that a tensor could write to the read-only file of decoded photos; none does.
 warnings.filterwarnings("ignore", "The given NumPy array is not writable")
 
 # Under torchrun each of n processes (ranks) trains on every n-th photo of a batch, and their
-# gradients are summed. Process 0 alone decodes, writes and prints.
+# gradients are summed. Process 0 alone decodes, writes files and prints to stdout.
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -161,7 +160,7 @@ def parse_args(argv: list[str] | None, kept: dict[str, Any] | None = None) -> Na
     add = group.add_argument
     add("--recipe", choices=("default", "paper"), default="default", help="paper: see above")
     # A str, not a Path, which last.pt could not store.
-    add("--init", default="", help="an AlexNet.pth to start from; other classes: a new last layer")
+    add("--init", help="an AlexNet.pth to start from; other classes: a new last layer")
     add("--epochs", type=count, default=90, help="passes over the photos; --resume takes more")
     add("--batch-size", type=count, default=32, help="photos per step, of all processes together")
     add("--lr", type=number_within(1e-12, 1e9), default=0.01, help="learning rate of SGD")
@@ -212,11 +211,7 @@ def parse_args(argv: list[str] | None, kept: dict[str, Any] | None = None) -> Na
     )
     add(
         "--balance",
-        type=int,
-        choices=(0, 1),
-        nargs="?",
-        const=1,
-        default=0,
+        action="store_true",
         help="count every class alike: photos of rare ones are drawn more often, some repeatedly",
     )
     add(
@@ -270,10 +265,11 @@ def prepare_output(args: Namespace) -> None:
     """Make the folder of a new run; refuse that of another run, unless --overwrite is given."""
     last, best = args.output / "last.pt", args.output / "AlexNet.pth"
     ways = "--overwrite replaces it, another --output keeps it"
-    if last.exists() and not args.overwrite:
-        raise InputError(f"{last} is an earlier run's: --resume goes on with it, {ways}")
-    if best.exists() and not args.overwrite:
-        raise InputError(f"{best} is an earlier run's: its last.pt is gone, {ways}")
+    if not args.overwrite:
+        if last.exists():
+            raise InputError(f"{last} is an earlier run's: --resume goes on with it, {ways}")
+        if best.exists():
+            raise InputError(f"{best} is an earlier run's: its last.pt is gone, {ways}")
     args.output.mkdir(parents=True, exist_ok=True)
 
 
@@ -349,12 +345,12 @@ class Photos:
         sizes = [(name, stat.st_size) for name, stat in zip(names, stats, strict=True)]
         self.digest = hashlib.sha256(repr(sizes).encode()).hexdigest()
 
-        # The name of the file of decoded photos tells their times and the decoder, too.
-        facts = repr([alexnet.READER, self.digest, *(stat.st_mtime_ns for stat in stats)])
+        # The name of the file of decoded photos tells their times and the decoder, too. Whoever
+        # edits a photo may set its mtime back, but not its ctime.
+        times = [(stat.st_mtime_ns, stat.st_ctime_ns) for stat in stats]
+        facts = repr([alexnet.READER, self.digest, times])
         version = hashlib.sha256(facts.encode()).hexdigest()[:12]
         self.cache = folder.parent / f"{folder.name}-{version}.npy"
-        # Whoever edits a photo may set its mtime back, but not its ctime.
-        self.last_change = max(stat.st_ctime_ns for stat in stats)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -362,22 +358,15 @@ class Photos:
     def open_pixels(self, output: Path) -> None:
         """Open the decoded photos, uint8 (N, 256, 256, 3); decode them if that was not done yet."""
         cache = self.cache
-        if not self.is_current(cache) and not os.access(cache.parent, os.W_OK):
+        if not cache.exists() and not os.access(cache.parent, os.W_OK):
             cache = output / cache.name
-        if not self.is_current(cache):
+        if not cache.exists():
             write_pixels(cache, self.files)
         try:  # mapped read-only ("r"), the file may be larger than the memory
             pixels = np.load(cache, mmap_mode="r")
         except OSError:  # some network drives allow private maps only ("c")
             pixels = np.load(cache, mmap_mode="c")
         self.pixels = torch.from_numpy(pixels)
-
-    def is_current(self, cache: Path) -> bool:
-        """Whether it was written after the last change of a photo."""
-        if not cache.exists():
-            return False
-        stat = cache.stat()  # on Windows, ctime may be that of the file that this one replaced
-        return max(stat.st_ctime_ns, stat.st_mtime_ns) >= self.last_change
 
     def move_to(self, device: torch.device) -> None:
         """Keep all on a CUDA card if that takes less than a quarter of its free memory."""
@@ -443,7 +432,7 @@ def pixel_statistics(pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     # Every 64th pixel of some 2,000 photos is enough.
     sample = pixels[:: math.ceil(len(pixels) / 2000), ::8, ::8].reshape(-1, 3) / 255
     covariance = torch.cov(sample.T.double())
-    std = covariance.diagonal().clip(1 / 255**2).sqrt()  # of drawings it may be 0
+    std = covariance.diagonal().clip(1 / 255**2).sqrt()  # a channel of one value has variance 0
 
     # Section 4.1 shifts colours along the principal axes of the pixels. Their lengths are standard
     # deviations, as in the 2012 source; the paper prints variances.
@@ -510,7 +499,7 @@ class Run:
 
     @property
     def strength(self) -> float:
-        """How far crops, turns, colours, mixing and dropout have grown, 0..1; the paper's do not.
+        """How far crops, turns, jitter, mixing and dropout have grown, 0..1; the paper's do not.
 
         From easy photos a network learns sooner; hard ones keep it from learning them by heart.
         """
@@ -524,12 +513,13 @@ class Run:
 
     def state_dict(self) -> dict[str, Any]:
         """What last.pt holds."""
-        state = {name: getattr(self, name).state_dict() for name in self.PARTS}
-        state["version"] = RUN_VERSION
-        state["options"] = options_of(self.args)
-        state["photos"] = [self.train_set.digest, self.val_set.digest]
-        state["history"] = self.history
-        return state
+        return {
+            "version": RUN_VERSION,
+            "options": options_of(self.args),
+            "photos": [self.train_set.digest, self.val_set.digest],
+            "history": self.history,
+            **{name: getattr(self, name).state_dict() for name in self.PARTS},
+        }
 
 
 def build_optimizer(net: AlexNet, args: Namespace, device: torch.device) -> torch.optim.SGD:
@@ -589,8 +579,8 @@ def resume(run: Run, checkpoint: dict[str, Any]) -> None:
         for name in run.PARTS:
             if checkpoint[name]:  # a scaler that was off has no state
                 getattr(run, name).load_state_dict(checkpoint[name])
-        # A Mac's SGD is not fused, and its momentum has another layout, of which fused SGD would
-        # mix the elements.
+        # On a Mac SGD is not fused, and weights have another memory format. Fused SGD pairs
+        # elements by their place in memory, so momentum is copied into the format of its weights.
         run.optimizer.param_groups[0]["fused"] = run.device.type != "mps"
         for p, state in run.optimizer.state.items():
             state["momentum_buffer"] = torch.empty_like(p).copy_(state["momentum_buffer"])
@@ -624,7 +614,7 @@ def start_from(run: Run) -> None:
 
 
 def best_network(run: Run) -> AlexNet:
-    """The network in AlexNet.pth; raises InputError if it is not of this run."""
+    """The network in AlexNet.pth; raises InputError if its shapes are not this run's."""
     path = run.args.output / "AlexNet.pth"
     net = alexnet.load_network(path)
     if [p.shape for p in net.parameters()] != [p.shape for p in run.net.parameters()]:
@@ -702,7 +692,7 @@ def train_one_epoch(run: Run, epoch: int) -> tuple[float, float]:
     chances = torch.ones(len(train_set))
     if args.balance:
         chances /= torch.tensor(train_set.counts)[train_set.labels.cpu()]
-    order = chances.multinomial(len(chances), replacement=bool(args.balance), generator=generator)
+    order = chances.multinomial(len(chances), replacement=args.balance, generator=generator)
     batches = order.split(args.batch_size)
 
     totals = torch.zeros(2, device=run.device)
@@ -774,9 +764,9 @@ def make_batch(run: Run, indices: Tensor) -> tuple[Tensor, Tensor]:
     images = random_colors(images, run.color_axes, strength * args.jitter)
     targets = F.one_hot(labels, len(run.train_set.classes)).float()
 
-    # Of the photos to mix, the first half show a window of another photo (CutMix), the second half
-    # are blended with another (mixup). The other is of the same half, which so needs two photos or
-    # more; of three or fewer, all get a window.
+    # CutMix puts a window of another photo into the first half of those to mix; mixup blends the
+    # second half with another. The other is of the same half, which so needs two photos; with three
+    # or fewer to mix, all get CutMix.
     n_mixed = round(len(indices) * strength * args.mix)
     n_cutmix = math.ceil(n_mixed / 2) if n_mixed > 3 else n_mixed
     if n_mixed:
@@ -844,8 +834,9 @@ def update_average(run: Run, steps: int, total: int) -> None:
     At a high rate the weights oscillate around their average, so that is the better network.
     """
     decay = min(run.args.ema, total / (10 + total))  # at first less, to forget the initial weights
-    averages, weights = list(run.average.parameters()), list(run.net.parameters())
-    torch._foreach_lerp_(averages, weights, 1 - decay**steps)
+    pairs = zip(run.average.parameters(), run.net.parameters(), strict=True)
+    for average, weight in pairs:
+        average.lerp_(weight, 1 - decay**steps)
 
 
 def evaluate(run: Run, net: AlexNet, ten_views: bool = False) -> tuple[float, float]:
@@ -870,7 +861,7 @@ def warm_up(run: Run, epochs_done: float) -> None:
 
 
 def lower_rate_where_val_stalls(run: Run) -> None:
-    """Have ReduceLROnPlateau look at the last val loss; for the last epochs, lower the rate."""
+    """Let ReduceLROnPlateau see the last val loss, and lower the rate by 4/5 of the epochs."""
     # While the network guesses, losses hardly change; the rate must not fall then.
     epochs_done = len(run.history)
     if epochs_done <= WARMUP_EPOCHS or is_guessing(run):
@@ -886,7 +877,7 @@ def lower_rate_where_val_stalls(run: Run) -> None:
 
 def is_over(run: Run) -> bool:
     """Whether all epochs are done, or the rate fell once more than MAX_LR_DROPS."""
-    # Halfway between the rate after the last drop and that after one more, as rates are rounded.
+    # Between the rate after the last allowed drop and after one more, so rounding cannot matter.
     end = run.args.lr * 0.1 ** (MAX_LR_DROPS + 0.5)
     return len(run.history) >= run.args.epochs or run.lr < end
 
@@ -1014,15 +1005,10 @@ def connect_processes(device_name: str) -> torch.device:
 
     NCCL carries the gradients between CUDA cards, gloo between CPUs (and cards of Windows).
     """
-    settings = {name: os.environ.get(name) for name in TORCHRUN}
-    if not settings["RANK"] and not settings["WORLD_SIZE"]:
+    if not (dist.is_available() and dist.is_torchelastic_launched()):
         return alexnet.pick_device(device_name)
-    lacking = [name for name, value in settings.items() if not value]
-    if lacking:
-        found = f"RANK or WORLD_SIZE is set in the environment, and not {', '.join(lacking)}"
-        raise InputError(f"{found}; start this by torchrun, or unset RANK and WORLD_SIZE")
     if torch.cuda.is_available() and device_name != "cpu":
-        device_name = f"cuda:{settings['LOCAL_RANK']}"
+        device_name = f"cuda:{os.environ['LOCAL_RANK']}"
     elif device_name == "auto":  # gloo knows no MPS
         device_name = "cpu"
     elif device_name != "cpu":
@@ -1030,7 +1016,7 @@ def connect_processes(device_name: str) -> torch.device:
     device = alexnet.pick_device(device_name)
 
     line = "waiting for all {WORLD_SIZE} processes at {MASTER_ADDR}:{MASTER_PORT}"
-    print(line.format(**settings), file=sys.stderr)
+    print(line.format(**os.environ), file=sys.stderr)
     patience = timedelta(days=1)  # decoding may take hours
     try:
         if device.type == "cuda" and dist.is_nccl_available():  # Windows has none

@@ -141,7 +141,7 @@ def test_a_photo_edited_in_place_is_decoded_anew(few, tmp_path):
     path.write_bytes(other[:size].ljust(size, b"\0"))
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     after, _ = open_photos(data, tmp_path)
-    assert before.cache == after.cache and not np.array_equal(before.pixels[0], after.pixels[0])
+    assert not np.array_equal(before.pixels[0], after.pixels[0])
 
 
 def test_a_drive_without_shared_maps_is_read(few, tmp_path, monkeypatch):
@@ -402,13 +402,13 @@ def test_balance_counts_every_class_alike(tmp_path, monkeypatch):
     answers = lambda net, images, ten_views: answer.expand(len(images), 2)  # noqa: E731
     monkeypatch.setattr(alexnet, "predict_probabilities", answers)
     by_photo, by_class = -math.log(0.8**9 * 0.2) / 10, -math.log(0.8 * 0.2) / 2
-    for balance, share, loss in (("0", 0.9, by_photo), ("1", 0.5, by_class)):
-        run = new_run(tmp_path, tmp_path, "--balance", balance, photos=photos)
+    for options, share, loss in (((), 0.9, by_photo), (("--balance",), 0.5, by_class)):
+        run = new_run(tmp_path, tmp_path, *options, photos=photos)
         drawn.clear()
         for epoch in range(1, 11):
             train.train_one_epoch(run, epoch)
         rare = labels[torch.cat(drawn)].float().mean().item()
-        assert rare == pytest.approx(1 - share, abs=1e-6 if balance == "0" else 0.06)
+        assert rare == pytest.approx(1 - share, abs=0.06 if options else 1e-6)
         assert run.class_shares == pytest.approx([share, 1 - share])
         assert train.evaluate(run, run.average) == pytest.approx((loss, share))
 
