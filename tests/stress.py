@@ -39,7 +39,7 @@ import predict  # noqa: E402
 import split_data  # noqa: E402
 import train  # noqa: E402
 
-train.SAVE_PAUSE = 0  # all is saved behind every epoch
+train.SAVE_PAUSE = 0  # all is saved after every epoch
 FORKS = multiprocessing.get_context("forkserver")  # importing torch takes seconds
 FORKS.set_forkserver_preload(["stress"])
 Result = tuple[int, str]  # exit status (-9: killed) and stderr
@@ -75,7 +75,7 @@ def fine(result: Result) -> None:
 
 
 def fine_or_refused(result: Result) -> bool:
-    """Status 0, or 1 behind lines of which each is one sentence; returns whether it was fine."""
+    """Status 0, or 1 after lines of which each is one sentence; returns whether it was fine."""
     status, err = result
     assert status in (0, 1) and "Traceback" not in err, result
     lines = [line for line in err.splitlines() if line.startswith(("error: ", "cannot be read: "))]

@@ -574,7 +574,7 @@ def test_the_rate_falls_after_four_fifths_of_the_epochs_if_it_has_not_before(tmp
         rates = rates_of(results, tmp_path, monkeypatch, first_drop_by=0.8)
         n_high = 7 if stalled else 16
         assert rates == pytest.approx([0.01] * n_high + [0.001] * (20 - n_high))
-    # The plateau counts anew behind that drop: three more bad epochs, and not one, lower it again.
+    # The plateau counts anew after that drop: three more bad epochs, and not one, lower it again.
     results = [(0.6, 0.9)] * 3 + [(0.5, 0.9)] + [(0.51, 0.9)] * 6
     rates = rates_of(results, tmp_path, monkeypatch, first_drop_by=0.6)
     assert rates == pytest.approx([0.01] * 6 + [0.001] * 3 + [0.0001])
@@ -662,7 +662,7 @@ def test_a_run_that_ends_is_killed_and_resumed_equals_an_unbroken_one(
     assert (broken / "AlexNet.pth").read_bytes() == before
 
 
-def test_a_run_resumed_behind_the_forced_drop_goes_on_at_the_lower_rate(few, tmp_path, monkeypatch):
+def test_a_run_resumed_after_the_forced_drop_goes_on_at_the_lower_rate(few, tmp_path, monkeypatch):
     def stop_at_4(run: train.Run, epoch: int) -> tuple[float, float]:
         if epoch == 4:
             raise KeyboardInterrupt
@@ -756,7 +756,7 @@ def test_ctrl_c_in_an_epoch_keeps_the_best_weights_and_changes_no_result(
 ):
     three = run_train(few, tmp_path / "three", "--epochs", "3")
     unbroken = run_train(few, tmp_path / "unbroken", "--epochs", "4")
-    monkeypatch.setattr(train, "SAVE_PAUSE", 1e9)  # last.pt is written behind the first epoch
+    monkeypatch.setattr(train, "SAVE_PAUSE", 1e9)  # last.pt is written after the first epoch
     broken, step, calls = tmp_path / "broken", train.train_one_batch, []
 
     def stop_in_the_fourth_epoch(run: train.Run, batch: Tensor) -> Tensor:
@@ -789,7 +789,7 @@ def test_the_number_of_epochs_is_kept_and_can_be_raised(two, few, tmp_path, caps
     assert len(history_of(output)) == 4
     assert alexnet.load_tensors(output / "last.pt")["options"]["epochs"] == 4
     for name in ("run.json", "kernels.png"):
-        (output / name).unlink()  # as after a kill behind the last epoch
+        (output / name).unlink()  # as after a kill at the end of the last epoch
     run_train(few, output, "--resume")
     assert {path.name for path in output.iterdir()} == FILES and len(history_of(output)) == 4
 
