@@ -15,6 +15,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import time
@@ -232,7 +233,6 @@ def visible_files(folder: Path, above: Iterable[Path] = ()) -> list[Path]:
     above = {*above, here, *here.parents}  # to follow a link to one of these would never end
     try:
         paths = sorted(folder.iterdir())
-        folders = set(filter(Path.is_dir, paths))
     except PermissionError as error:
         print(f"skipped, no permission to read: {folder} ({error.strerror})", file=sys.stderr)
         return []
@@ -241,7 +241,7 @@ def visible_files(folder: Path, above: Iterable[Path] = ()) -> list[Path]:
             continue
         if path.name[0] == ".":
             tell_hidden(path)
-        elif path not in folders:
+        elif not os.path.isdir(path):  # where Path.is_dir() may raise a PermissionError
             files.append(path)
         elif path.resolve() not in above:
             files += visible_files(path, above)
@@ -280,7 +280,7 @@ def list_photos(folder: Path, files: list[Path]) -> list[str]:
     names = [path.relative_to(folder).as_posix() for path in photos]
 
     classes = {name.split("/")[0] for name in names}
-    folders = {path.name for path in folder.iterdir() if path.is_dir() and path.name[0] != "."}
+    folders = {path.name for path in filter(os.path.isdir, folder.iterdir()) if path.name[0] != "."}
     empty = sorted(folders - classes - SYSTEM)
     if empty:
         print(f"no photos in these folders of {folder.name}: {listed(empty)}")
@@ -310,8 +310,8 @@ def class_of(name: str) -> str:
 
 def read_image(path: Path) -> Image.Image:
     """A picture as RGB, turned as its EXIF says, transparency on white; raises InputError."""
-    if not path.is_file():  # a pipe might block for ever
-        raise InputError(f"{path}: no such photo")
+    if not os.path.isfile(path):  # a pipe might block for ever
+        raise InputError(f"{path}: no such photo, or no permission to see it")
     try:
         with Image.open(path, formats=FORMATS) as image:
             image.load()
@@ -377,7 +377,7 @@ def path_of(text: str) -> Path:
 
 def quoted(path: Path) -> str:
     """A path for a command that is printed."""
-    return f'"{path}"' if " " in str(path) else str(path)
+    return str(path) if re.fullmatch(r"[\w./\\:+,@-]+", str(path)) else f'"{path}"'
 
 
 class InputError(Exception):

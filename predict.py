@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
 # ----- the files
 def files_of(path: Path) -> list[Path]:
     """The pictures in a folder, or the file itself."""
-    if not path.is_dir():
+    if not os.path.isdir(path):
         return [path]  # a file that is missing is named when it is read
     files = image_files(path)
     if not files:
@@ -91,12 +91,13 @@ def files_of(path: Path) -> list[Path]:
 
 def check_figures(args: Namespace, read: list[Path]) -> None:
     """Refuse to write a figure over a file that is read, or among the photos of a folder."""
-    folders = [path.resolve() for path in [*args.photos, args.similar] if path and path.is_dir()]
+    given = [*args.photos, args.similar] if args.similar else args.photos
+    folders = [path.resolve() for path in filter(os.path.isdir, given)]
     for figure in [] if args.json else figures_of(args):
         way = "start this in another folder"
         if figure != CONFUSION:
             way = f"give another name by --save, or {way}"
-        if figure.exists() and any(path.exists() and path.samefile(figure) for path in read):
+        if figure.exists() and any(path.samefile(figure) for path in filter(os.path.exists, read)):
             raise InputError(f"the figure {figure} would replace a file that is read: {way}")
         if set(folders).intersection(figure.resolve().parents):
             raise InputError(f"the figure {figure} would lie among the photos: {way}")
@@ -357,12 +358,9 @@ def draw_confusion(known: list[Answer], classes: list[str]) -> Figure:
 
 def matches_of(path: Path) -> list[Path]:
     """What a pattern matches, which a shell of Windows leaves to us; else the path itself."""
-    if path.exists():
+    if os.path.exists(path):
         return [path]
-    folder = str(path.parent)
-    if path.parent.is_dir():  # brackets in its name are no pattern
-        folder = glob.escape(folder)
-    matches = glob.glob(os.path.join(folder, path.name))
+    matches = glob.glob(str(path).replace("[", "[[]"))  # there, brackets are no pattern
     return sorted(map(Path, matches)) or [path]
 
 
@@ -388,13 +386,13 @@ def parse_args(argv: list[str] | None) -> Namespace:
     )
     args = parser.parse_args(argv)
     args.photos = [match for path in args.photos for match in matches_of(path)]
-    args.any_folder = any(path.is_dir() for path in args.photos)
+    args.any_folder = any(map(os.path.isdir, args.photos))
     args.views = args.views or ("center" if args.any_folder else "ten")
-    if args.similar and not args.similar.is_dir():
+    if args.similar and not os.path.isdir(args.similar):
         parser.error(f"--similar {args.similar} is no folder")
     if args.top_k < 1:
         parser.error("--top-k must be at least 1")
-    if args.save and not args.save.parent.is_dir():
+    if args.save and not os.path.isdir(args.save.parent):
         parser.error(f"--save {args.save}: there is no folder {args.save.parent}")
     if args.save and args.save.suffix not in (".png", ".pdf", ".svg"):
         parser.error(f"--save {args.save}: give a name ending in .png, .pdf or .svg")

@@ -77,6 +77,10 @@ def split(args: Namespace, scratch: Path, output: Path) -> None:
     shown /= source.relative_to(folder)
     if source != folder and shown.exists():  # of an archive this is no surprise
         print(f"the classes are the folders in {shown}")
+    outside = [path for path in files if source not in path.parents]
+    others = [path for path in outside if not alexnet.is_picture(path)]
+    if others:  # find_classes() names the pictures
+        print(f"skipped, outside {shown}: {alexnet.kinds_of(others)}")
 
     photos = alexnet.list_photos(source, [path for path in files if source in path.parents])
     check_classes(photos, shown, hint_of(pictures))
@@ -93,7 +97,7 @@ def split(args: Namespace, scratch: Path, output: Path) -> None:
         (scratch / "split" / "split.json").write_bytes(as_json(record))
         if output.exists():
             output.rmdir()  # it is empty, and Windows would not replace it
-        os.rename(scratch / "split", output)
+        alexnet.replace_file(scratch / "split", output)
 
 
 def check_places(source: Path, output: Path) -> None:
@@ -106,8 +110,9 @@ def check_places(source: Path, output: Path) -> None:
         raise InputError(f"this Python cannot unpack {source} safely: {way}")
     if output.resolve().is_relative_to(source.resolve()):
         raise InputError(f"--output {output} lies in --source {source}; give one outside")
-    if os.path.ismount(output):  # os.rename cannot replace it
-        raise InputError(f"--output {output} is a mount point; give a folder in it")
+    if os.path.ismount(output) or output.resolve() == Path.cwd():  # neither can be replaced
+        found = f"--output {output} is a mount point, or the folder you are in"
+        raise InputError(f"{found}; give a folder in it")
     taken = os.listdir(output) if output.is_dir() else os.path.lexists(output)
     if taken and not (output / "split.json").is_file():
         found = f"{output} exists, and is no split made by this script"
@@ -128,19 +133,28 @@ def unpack(archive: Path, folder: Path) -> Path:
     """Unpack a .tgz, .tar or .zip into the new `folder`; returns that."""
     folder.mkdir()
     try:
-        if archive.suffix.lower() == ".zip" or zipfile.is_zipfile(archive):
+        # A .tar that ends with a .zip passes for a .zip, too.
+        is_zip = zipfile.is_zipfile(archive) and not tarfile.is_tarfile(archive)
+        if is_zip or archive.suffix.lower() == ".zip":
             unpack_zip(archive, folder)
         else:
             with tarfile.open(archive) as file:
                 file.extractall(folder, filter="data")
+                # tarfile takes a damaged header for the end, which is a block of zeros.
+                file.fileobj.seek(file.offset)
+                if file.fileobj.read(512) != bytes(512):
+                    raise ValueError("it is damaged, or cut")
         for path in folder.rglob("*"):
             path.name.encode()  # this fails on a name that tarfile could not decode
     except UnicodeError as error:  # a name that nobody typed would become a class
         way = "unpack it by hand, and give the folder as --source"
         raise InputError(f"names in {archive} are not Unicode; {way}") from error
     except Exception as error:  # the decompressors raise almost any type
-        way = f"cannot be unpacked ({error}); give what it holds, unpacked, as --source"
-        raise InputError(f"{archive} is no folder, and {way}") from error
+        way = "give what it holds, unpacked, as --source"
+        if archive == ARCHIVE:
+            way = "remove it, and it is downloaded"
+        found = f"{archive} is no folder, and cannot be unpacked ({error})"
+        raise InputError(f"{found}; {way}") from error
     return folder
 
 

@@ -157,16 +157,18 @@ def test_patterns_are_expanded_and_the_innermost_class_folder_is_true(answer, ph
         found = [json.loads(line) for line in out.splitlines()]
         assert [Path(x["path"]).name for x in found] == names
         assert {x.get("true_class") for x in found} == {true_class}
-    status, _, err = answer("a**b.jpg", "--json", "--weights", "AlexNet.pth")
-    assert status == 1 and "a**b.jpg: no such photo" in err
+    for missing in ("a**b.jpg", "tulips/[4].jpg"):
+        status, out, err = answer(missing, "--json", "--weights", "AlexNet.pth")
+        assert (status, out) == (1, "") and f"{missing}: no such photo" in err.replace("\\", "/")
 
 
 def test_a_bad_file_is_named_and_the_others_are_answered(answer, photo):
     Path("text.jpg").write_text("no picture")
-    status, out, err = answer("text.jpg", photo, "missing.jpg", "--json")
+    long = f"{'x' * 300}.jpg"
+    status, out, err = answer("text.jpg", photo, "missing.jpg", long, "--json")
     assert status == 1
     assert [json.loads(line)["path"] for line in out.splitlines()] == [str(photo)]
-    for name in ("text.jpg", "missing.jpg"):
+    for name in ("text.jpg", "missing.jpg", long):
         assert any(x.startswith("cannot be read: ") and name in x for x in err.splitlines())
     assert answer("text.jpg")[:2] == (1, "")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import io
 import json
@@ -15,10 +16,11 @@ from collections import Counter
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
-from conftest import LINUX, contents, draw_photos, error_of, full_disk
+from conftest import LINUX, POSIX, contents, draw_photos, error_of, full_disk
 from PIL import Image
 
 import split_data
@@ -130,24 +132,37 @@ def test_a_folder_that_may_not_be_read_is_no_empty_one(twelve, tmp_path, monkeyp
             raise PermissionError(13, "not allowed")
         return whole(path)
 
-    def is_dir(path: Path) -> bool:
-        if path.parent == listed:  # which may be listed, but not entered
-            raise PermissionError(13, "not allowed")
-        return tells(path)
-
     whole, closed = Path.iterdir, [twelve / "a" / "inner"]
-    tells, listed = Path.is_dir, twelve / "a" / "other"
-    for folder in (closed[0], listed):
-        shutil.copytree(twelve / "b", folder)
+    shutil.copytree(twelve / "b", twelve / "a" / "inner")
     monkeypatch.setattr(Path, "iterdir", iterdir)
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "is_dir", is_dir)
-        assert len(split(twelve, tmp_path / "data")) == 23
-    printed = capsys.readouterr().err
-    for folder in (closed[0], listed):
-        assert f"skipped, no permission to read: {folder} (not allowed)" in printed
+    assert len(split(twelve, tmp_path / "data")) == 23
+    told = f"skipped, no permission to read: {closed[0]} (not allowed)"
+    assert told in capsys.readouterr().err
     closed.append(twelve)
     assert "not allowed" in refusal(twelve, tmp_path / "other")
+
+
+@POSIX
+def test_photos_that_may_not_be_seen_are_named(twelve, tmp_path, monkeypatch, capsys):
+    def stat(path: Any, **options: Any) -> os.stat_result:
+        if str(path).startswith(closed):
+            raise PermissionError(13, "not allowed")
+        return whole(path, **options)
+
+    whole, closed = os.stat, str(twelve / "a" / "0")  # ten of twelve
+    monkeypatch.setattr(os, "stat", stat)
+    assert len(split(twelve, tmp_path / "data")) == 13
+    monkeypatch.undo()
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 10 and all("no permission to see it" in line for line in lines)
+
+
+def test_what_lies_beside_the_only_folder_with_photos_is_named(twelve, tmp_path, capsys):
+    (tmp_path / "top" / "dogs").mkdir(parents=True)
+    os.rename(twelve, tmp_path / "top" / "cats")
+    (tmp_path / "top" / "dogs" / "1.heic").write_bytes(b"x")
+    split(tmp_path / "top", tmp_path / "data")
+    assert f"skipped, outside {tmp_path / 'top' / 'cats'}: 1 .heic" in capsys.readouterr().out
 
 
 @LINUX
@@ -294,6 +309,25 @@ def test_an_archive_is_a_source_too(twelve, tmp_path, name, top):
     assert f"{name} is no folder" in refusal(archive, tmp_path / "other")
 
 
+@pytest.mark.parametrize("name", ["x.tgz", "x.tar"])
+def test_no_damage_is_taken_for_the_end_of_an_archive(twelve, tmp_path, name):
+    pack(tmp_path / "whole.tar", contents(twelve))
+    with tarfile.open(tmp_path / "whole.tar") as tar:
+        start = tar.getmembers()[20].offset
+    data = (tmp_path / "whole.tar").read_bytes()
+    for damaged in (data[:start], data[: start + 99], data[:start] + b"x" + data[start + 1 :]):
+        archive = tmp_path / name
+        archive.write_bytes(gzip.compress(damaged) if name == "x.tgz" else damaged)
+        assert "(it is damaged, or cut)" in refusal(archive, tmp_path / "data")
+
+
+def test_a_tar_is_one_even_if_it_ends_with_a_zip(twelve, tmp_path):
+    inner = pack(tmp_path / "inner.zip", {"x/1.jpg": b"x", "y/1.jpg": b"y"}).read_bytes()
+    archive = pack(tmp_path / "x.tar", contents(twelve) | {"z.zip": inner})
+    assert zipfile.is_zipfile(archive)
+    assert split(archive, tmp_path / "data") == split(twelve, tmp_path / "direct")
+
+
 def test_an_archive_writes_nothing_outside_its_folder(twelve, tmp_path):
     photos, jpeg = contents(twelve), (twelve / "a" / "00.jpg").read_bytes()
     (tmp_path / "mine.jpg").write_bytes(b"mine")
@@ -361,12 +395,12 @@ def test_long_lists_and_blanks_in_names_stay_readable(twelve, tmp_path, monkeypa
         (twelve / f"odd.{i}").write_text("x")
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("USERPROFILE", str(tmp_path))
-    argv = ["--source", "~/photos", "--output", "~/my data"]
+    argv = ["--source", "~/photos", "--output", "~/cats&dogs"]
     assert split_data.main(argv) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].count(",") == 12 and lines[0].endswith("and 20 more")
     assert lines[1].count("=") == 10 and lines[1].endswith("and 20 more")
-    assert lines[-1].endswith(f'`python train.py --data "{tmp_path / "my data"}"`')
+    assert lines[-1].endswith(f'`python train.py --data "{tmp_path / "cats&dogs"}"`')
 
 
 def test_a_source_that_is_none_is_named(twelve, tmp_path):
@@ -400,9 +434,12 @@ def test_output_and_source_do_not_meet(twelve, tmp_path, monkeypatch):
     before = contents(tmp_path)
     for output in ("photos/../photos", "photos/data", ".", "mine", "mine/thesis.txt", "gone", "/"):
         message = error_of(split_data.main, "--source", "photos", "--output", output)
-        assert "--output" in message and ("mount point" in message) == (output == "/")
+        assert "--output" in message and ("mount point" in message) == (output in ("/", "."))
     assert "--output" in error_of(split_data.main, "--source", "data/train", "--output", "data")
     assert contents(tmp_path) == before
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")  # which a shell could not leave for the new one
+    assert "you are in" in error_of(split_data.main, "--source", "../photos", "--output", ".")
 
 
 def test_an_empty_output_folder_is_used_or_stays_as_it_is(twelve, tmp_path):
@@ -469,3 +506,5 @@ def test_the_missing_default_source_is_downloaded_whole_and_once(served, twelve,
     served["status"] = 500  # not asked again
     assert split_data.main(["--seed", "1", "--output", "other"]) == 0
     assert sorted(os.listdir()) == ["data", "flower_photos.tgz", "other"]
+    Path("flower_photos.tgz").write_text("<html>")  # what a browser may have saved
+    assert "; remove it, and it is downloaded" in error_of(split_data.main)
