@@ -692,7 +692,8 @@ def train_one_epoch(run: Run, epoch: int) -> tuple[float, float]:
     chances = torch.ones(len(train_set))
     if args.balance:
         chances /= torch.tensor(train_set.counts)[train_set.labels.cpu()]
-    order = chances.multinomial(len(chances), replacement=args.balance, generator=generator)
+    repeats = bool(args.balance)  # an older last.pt may have 0 or 1
+    order = chances.multinomial(len(chances), replacement=repeats, generator=generator)
     batches = order.split(args.batch_size)
 
     totals = torch.zeros(2, device=run.device)
