@@ -892,7 +892,8 @@ def why_over(run: Run) -> str:
 
 def is_reported(run: Run) -> bool:
     """Whether there is nothing left to train, to write or to report."""
-    return is_over(run) and not run.unsaved and (run.args.output / "run.json").exists()
+    files = [run.args.output / name for name in ("class_idx.json", "run.json")]
+    return is_over(run) and not run.unsaved and all(map(Path.exists, files))
 
 
 def is_guessing(run: Run) -> bool:
@@ -904,7 +905,7 @@ def is_guessing(run: Run) -> bool:
     best_loss = best_epoch(run.history)["val_loss"]
     best_accuracy = max(row["val_accuracy"] for row in run.history)
     no_better_loss = best_loss >= 0.98 * entropy
-    no_better_accuracy = best_accuracy <= max(shares) + 1e-6  # for rounding
+    no_better_accuracy = best_accuracy <= max(shares) + 1e-5  # for rounding
     return no_better_loss and no_better_accuracy and max(shares) < 1
 
 
@@ -915,26 +916,27 @@ def best_epoch(history: list[dict[str, float]]) -> dict[str, float]:
 
 # ----- files
 def save_weights(run: Run) -> None:
-    """Write the best weights and the names of their classes, if that was not done yet."""
+    """Write the best weights, if that was not done yet."""
     if run.unsaved:
         with replacing(run.args.output / "AlexNet.pth") as file:
             torch.save(run.unsaved, file)
-        names = json.dumps(dict(enumerate(run.train_set.classes)), indent=1)
-        with replacing(run.args.output / "class_idx.json") as file:
-            file.write(names.encode())
         run.unsaved = None
 
 
 def save_checkpoint(run: Run) -> None:
-    """Write new best weights, then last.pt.
+    """Write new best weights and the names of the classes, then last.pt.
 
-    After a kill between the two, --resume repeats the epochs since the last save.
+    After a kill between them, --resume repeats the epochs since the last save.
     """
     output, history = run.args.output, run.history
-    # No kill may leave these weights beside the last.pt of a run that --overwrite replaces.
-    if len(history) == 1:
-        (output / "last.pt").unlink(missing_ok=True)
+    # No kill may leave these weights beside files of the run that --overwrite replaces.
+    if len(history) == 1 and not run.args.resume:
+        for name in ("last.pt", "class_idx.json"):
+            (output / name).unlink(missing_ok=True)
     save_weights(run)
+    names = json.dumps(dict(enumerate(run.train_set.classes)), indent=1)
+    with replacing(output / "class_idx.json") as file:
+        file.write(names.encode())
     with replacing(output / "last.pt") as file:
         torch.save(run.state_dict(), file)
 

@@ -38,6 +38,9 @@ class NarrowLinear(nn.Linear):
         super().__init__(*(16 if n == 4096 else n for n in (n_in, n_out)))
 
 
+FULL_AFTER = train.RAMP_EPOCHS  # before narrow() shortens it
+
+
 @pytest.fixture(scope="module", autouse=True)
 def narrow() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
@@ -147,7 +150,7 @@ def test_a_photo_edited_in_place_is_decoded_anew(few, tmp_path):
 def test_a_drive_without_shared_maps_is_read(few, tmp_path, monkeypatch):
     class NoSharedMap(mmap.mmap):
         def __new__(cls, *argv: Any, access: int = mmap.ACCESS_DEFAULT, **options: Any) -> Any:
-            if access == mmap.ACCESS_READ:
+            if access != mmap.ACCESS_COPY:
                 raise OSError(19, "No such device")
             return super().__new__(cls, *argv, access=access, **options)
 
@@ -155,6 +158,13 @@ def test_a_drive_without_shared_maps_is_read(few, tmp_path, monkeypatch):
     monkeypatch.setattr(mmap, "mmap", NoSharedMap)
     photos, _ = open_photos(few, tmp_path)
     assert np.array_equal(photos.pixels, expected.pixels)
+
+
+@pytest.mark.parametrize("name", ["valid", "validation"])
+def test_val_may_have_another_name(few, tmp_path, name):
+    data = copy_of(few, tmp_path / "data")
+    (data / "val").rename(data / name)
+    assert len(open_photos(data, tmp_path)[1]) == 3
 
 
 def test_two_runs_do_not_write_into_one_folder(few, tmp_path, monkeypatch):
@@ -430,6 +440,9 @@ def test_a_run_can_start_from_another_one_s_weights(two, few, tmp_path, capsys):
     run_train(data, tmp_path / "y", *options, "--epochs", "1")
     assert "--init" in refusal(data, tmp_path / "y", "--resume", "--init", "other.pth")
     run_train(data, tmp_path / "y", "--resume", "--epochs", "2")
+    unbroken = run_train(data, tmp_path / "z", *options, "--epochs", "2")
+    ours, theirs = ([row["val_loss"] for row in history_of(x)] for x in (tmp_path / "y", unbroken))
+    assert ours == theirs
 
 
 def update_of(run: train.Run, *batch: int) -> Tensor:
@@ -442,12 +455,15 @@ def update_of(run: train.Run, *batch: int) -> Tensor:
 def test_accumulation_gives_the_update_of_the_whole_batch(run):
     run.net.double()  # in float32 rounding decides which of two equal pixels of a pool is larger
     start, updates = {k: x.clone() for k, x in run.net.state_dict().items()}, []
+    sizes: list[int] = []
+    run.net.register_forward_hook(lambda net, x, logits: sizes.append(len(logits)))
     for pieces in (1, 2, 8):  # of five photos: some pieces stay empty
         run.net.load_state_dict(start)
         run.optimizer.state.clear()
         run.args.accumulate = pieces
         updates.append(update_of(run, 4, 0, 5, 1, 3))
         assert (updates[-1] - updates[0]).norm() < 1e-6 * updates[0].norm()
+    assert sizes == [5, *(3, 2), *(1, 1, 1, 1, 1, 0, 0, 0)]
 
 
 def test_steps_are_those_of_the_paper(run):
@@ -501,15 +517,27 @@ def test_a_step_in_half_precision_goes_where_float32_goes(few, tmp_path, run, pr
     assert ours.norm() == pytest.approx(exact.norm().item(), rel=0.1)
 
 
-def test_evaluation_equals_the_mean_over_the_central_views(run):
+def test_evaluation_equals_the_mean_over_the_photos(run):
     photos = run.train_set.pixels[:5]
     views = photos[:, 16:240, 16:240].permute(0, 3, 1, 2) / 255
     logits = run.average(views)
     labels = logits.argmax(1) ^ torch.tensor([0, 0, 0, 1, 1])  # three of five answers are right
+    ten = alexnet.predict_probabilities(run.average, alexnet.to_float(photos), ten_views=True)
     run.val_set = photos_of(photos, labels, 2)
     loss, accuracy = train.evaluate(run, run.average)
     assert loss == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-4)
     assert accuracy == 0.6  # to the bit: the share of a class is compared with it
+    loss, _ = train.evaluate(run, run.average, ten_views=True)
+    assert loss == pytest.approx(F.nll_loss(ten.log(), labels).item(), rel=1e-4)
+
+
+def test_the_defaults_are_those_of_the_published_runs():
+    args = train.parse_args([])
+    assert (args.epochs, args.batch_size, args.lr, args.ema) == (90, 32, 0.01, 0.99)
+    assert (args.patience, FULL_AFTER, train.FIRST_DROP_BY) == (10, 30, 0.8)
+    assert (args.crop_area, args.rotation, args.jitter, args.mix) == (0.25, 30, 0.4, 0.5)
+    assert (args.label_smoothing, args.weight_decay, args.groups) == (0.1, 0.0005, 2)
+    assert train.parse_args(["--recipe", "paper"]).batch_size == 128
 
 
 def test_the_recipe_of_the_paper_sets_its_options_and_its_start(few, tmp_path):
@@ -676,6 +704,7 @@ def test_a_run_resumed_after_the_forced_drop_goes_on_at_the_lower_rate(few, tmp_
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr(train, "train_one_epoch", stop_at_4)
         run_train(few, tmp_path / "broken", "--epochs", "4")
+    assert len(history_of(tmp_path / "broken")) == 3  # saved after every epoch
     broken = run_train(few, tmp_path / "broken", "--resume")
     rates = [float(row["lr"]) for row in history_of(broken)]
     assert rates == pytest.approx([0.01, 0.01, 0.001, 0.001])
@@ -701,20 +730,23 @@ def test_resuming_goes_on_without_the_best_weights(two, few, tmp_path, capsys, k
     assert same(dict(alexnet.load_network(weights).state_dict()), dict(average))
 
 
-def test_saving_takes_a_tenth_of_the_time_at_most(few, tmp_path, monkeypatch):
-    """The best weights wait in memory, and all is written at the end."""
+def test_within_a_pause_the_best_weights_wait_in_memory(few, tmp_path, monkeypatch):
+    """All is written at the end, when AlexNet.pth is evaluated by both kinds of views."""
     monkeypatch.setattr(train, "SAVE_PAUSE", 1e9)
     results = [(0.9, 0.5), (0.2, 0.6), (0.3, 0.7), (0.2, 0.6), (0.2, 0.6)]  # then of both views
-    averages, written = [], []
+    averages, written, views = [], [], []
 
     def evaluate(run: train.Run, net: nn.Module, ten_views: bool = False) -> tuple[float, float]:
         averages.append({name: x.clone() for name, x in net.state_dict().items()})
         written.append({path.name for path in tmp_path.iterdir()} - {"train.lock"})
+        views.append(ten_views)
         return results[len(averages) - 1]
 
     monkeypatch.setattr(train, "evaluate", evaluate)
     run_train(few, tmp_path, "--epochs", "3")
     assert same(torch.load(tmp_path / "AlexNet.pth"), averages[1])
+    assert same(averages[3], averages[1]) and same(averages[4], averages[1])
+    assert views == [False] * 4 + [True]
     first = FILES - {"run.json", "kernels.png"}
     assert written == [set(), first, first, first, first]
     assert len(torch.load(tmp_path / "last.pt")["history"]) == len(history_of(tmp_path)) == 3
@@ -738,6 +770,33 @@ def test_overwriting_keeps_a_run_until_an_epoch_is_whole(two, few, tmp_path, mon
     run_train(few, output, "--overwrite", "--epochs", "1", "--seed", "1")
     assert {path.name for path in output.iterdir()} == FILES and len(history_of(output)) == 1
     assert (output / "AlexNet.pth").read_bytes() != (two / "AlexNet.pth").read_bytes()
+
+
+def test_a_kill_while_overwriting_mixes_no_two_runs(two, few, tmp_path, monkeypatch):
+    class Kill(BaseException):
+        pass
+
+    def kill(partial: Path, path: Path) -> None:
+        replace(partial, path)
+        raise Kill
+
+    output, replace = shutil.copytree(two, tmp_path / "run"), alexnet.replace_file
+    monkeypatch.setattr(alexnet, "replace_file", kill)  # once the new weights are there
+    with pytest.raises(Kill):
+        run_train(few, output, "--overwrite", "--seed", "1")
+    assert (output / "AlexNet.pth").read_bytes() != (two / "AlexNet.pth").read_bytes()
+    assert not {"last.pt", "class_idx.json"} & {path.name for path in output.iterdir()}
+
+
+@pytest.mark.parametrize("epochs", ["2", "3"])
+def test_lost_names_of_the_classes_are_written_anew(two, few, tmp_path, monkeypatch, epochs):
+    output = shutil.copytree(two, tmp_path / "run")
+    (output / "class_idx.json").unlink()
+    losses = iter([0.5, 0.9])  # of AlexNet.pth, and of a third epoch, which is worse
+    monkeypatch.setattr(train, "evaluate", lambda *argv, **options: (next(losses, 0.5), 0.5))
+    run_train(few, output, "--resume", "--epochs", epochs)
+    for name in ("class_idx.json", "AlexNet.pth"):
+        assert (output / name).read_bytes() == (two / name).read_bytes()
 
 
 @POSIX
@@ -837,7 +896,7 @@ def test_the_order_of_photos_and_their_crops_are_drawn_from_two_streams(few, tmp
         for epoch in (1, 2, 3):
             train.train_one_epoch(new_run(few, tmp_path, "--batch-size", "6"), epoch)
     ours = [(1 / draw).argsort(descending=True).tolist() for draw in draws]
-    assert [order.tolist() for order in orders] != ours
+    assert all(order.tolist() != mine for order, mine in zip(orders, ours, strict=True))
     assert same(orders[:3], orders[3:]) and not same(draws[0], draws[3])
 
 
@@ -930,7 +989,8 @@ def test_options_out_of_range(tmp_path, monkeypatch, capsys):
     for option, value in (words.split() for words in wrong.split(", ")):
         with pytest.raises(SystemExit) as caught:
             train.main([f"--{option}", value])
-        assert caught.value.code == 2 and f"--{option}" in capsys.readouterr().err
+        last = capsys.readouterr().err.splitlines()[-1]  # below the usage, which has all options
+        assert caught.value.code == 2 and f"--{option}" in last
 
 
 def test_the_precision_is_half_where_the_cpu_has_it(monkeypatch):
