@@ -47,6 +47,14 @@ def contents(folder: Path) -> dict[str, bytes]:
     return files | {name: b"" for name, x in found.items() if x.is_dir() and not os.listdir(x)}
 
 
+def link(path: Path, target: Path | str) -> None:
+    """A symbolic link; skips the test where Windows lets only developers make one."""
+    try:
+        path.symlink_to(target)
+    except OSError as error:
+        pytest.skip(str(error))
+
+
 def history_of(output: Path) -> list[dict[str, str]]:
     """history.csv without what depends on the clock."""
     with open(output / "history.csv", encoding="utf-8", newline="") as file:

@@ -15,7 +15,7 @@ import pytest
 import torch
 import torchvision.transforms.v2.functional as TF
 from benchmark import stock_alexnet
-from conftest import full_disk
+from conftest import full_disk, link
 from draw_flowers import draw_flower
 from PIL import Image, PngImagePlugin, features
 from torch import Tensor, nn
@@ -208,7 +208,7 @@ def test_what_is_no_picture_is_refused_in_a_sentence(tmp_path, monkeypatch):
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
     (tmp_path / "folder.jpg").mkdir()
-    (tmp_path / "loop.jpg").symlink_to("loop.jpg")
+    link(tmp_path / "loop.jpg", "loop.jpg")
     if hasattr(os, "mkfifo"):
         os.mkfifo(tmp_path / "pipe.jpg")  # to open it would block
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
@@ -239,6 +239,7 @@ def test_ctrl_c_does_not_wait_for_the_photos_that_are_left(tmp_path, monkeypatch
         return np.zeros(1)
 
     started: list[Path] = []
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
     monkeypatch.setattr(alexnet, "read_square", read)
     photos = alexnet.read_squares([tmp_path] * 200, "reading")
     with pytest.raises(KeyboardInterrupt):
@@ -248,12 +249,20 @@ def test_ctrl_c_does_not_wait_for_the_photos_that_are_left(tmp_path, monkeypatch
     assert len(started) < 100
 
 
-@pytest.mark.parametrize("kind", alexnet.FORMATS)
-def test_the_content_of_a_file_tells_its_format(tmp_path, kind):
+@pytest.mark.parametrize(
+    "suffixes", "jpeg jpg, png, webp, avif, tiff tif, bmp, gif, ppm".split(", ")
+)
+def test_the_formats_of_the_readme_are_found_and_told_by_their_content(tmp_path, suffixes):
+    kind = suffixes.split()[0].upper()
     if kind == "AVIF" and not features.check("avif"):
         pytest.skip("this Pillow cannot write it")
-    Image.new("RGB", (20, 10), (200, 30, 40)).save(tmp_path / "x.jpg", format=kind)
-    assert np.allclose(alexnet.read_square(tmp_path / "x.jpg", 8), (200, 30, 40), atol=5)
+    names = [f"x.{suffix}" for suffix in (*suffixes.split(), "wrong.jpg")]
+    for name in names:
+        Image.new("RGB", (20, 10), (200, 30, 40)).save(tmp_path / name, format=kind)
+    found = alexnet.image_files(tmp_path)
+    assert [path.name for path in found] == sorted(names)
+    for path in found:
+        assert np.allclose(alexnet.read_square(path, 8), (200, 30, 40), atol=5)
 
 
 def test_the_central_square_is_what_cropping_and_resizing_give(tmp_path):
@@ -277,11 +286,11 @@ def test_pictures_are_found_in_sorted_order_behind_links_too_and_hidden_ones_are
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(b"")
     for name, target in (("c", "../elsewhere"), ("a/top", ".."), ("b/self", "."), ("x", "none")):
-        (folder / name).symlink_to(Path(target))
+        link(folder / name, target)
     found = [path.relative_to(folder).as_posix() for path in alexnet.image_files(folder)]
     assert found == ["0.avif", "a/deep/4.gif", "b/1.JFIF", "b/2.jpg", "c/5.jpg"]
-    (folder / "a" / "b").symlink_to(Path("../b"))  # two folders that hold links to each other
-    (folder / "b" / "a").symlink_to(Path("../a"))
+    link(folder / "a" / "b", "../b")  # two folders that hold links to each other
+    link(folder / "b" / "a", "../a")
     assert len(alexnet.image_files(folder)) < 12
 
 

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import socket
+import sys
 import tarfile
 import threading
 import zipfile
@@ -20,7 +21,7 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
-from conftest import LINUX, POSIX, contents, draw_photos, error_of, full_disk
+from conftest import LINUX, POSIX, contents, draw_photos, error_of, full_disk, link
 from PIL import Image
 
 import split_data
@@ -197,7 +198,7 @@ def test_what_is_split_already_is_told_how_to_use_it(twelve, tmp_path, sides, wa
     if suffix:
         source = Path(shutil.make_archive(str(source), "zip", source))
         shutil.rmtree(tmp_path / "sets")
-    message = refusal(source, tmp_path / "data")
+    message = refusal(source, tmp_path / "data").replace('"', "")
     assert way.format(place) in message and ("unpack it" in message) == bool(suffix)
 
 
@@ -279,7 +280,7 @@ def test_what_a_system_keeps_for_itself_is_no_photo(twelve, tmp_path, capsys):
 def test_rates_that_make_no_sense(capsys, val, test):
     with pytest.raises(SystemExit) as caught:
         split_data.main(["--val-rate", val, "--test-rate", test])
-    assert caught.value.code == 2 and "-rate" in capsys.readouterr().err
+    assert caught.value.code == 2 and "-rate" in capsys.readouterr().err.splitlines()[-1]
 
 
 def pack(path: Path, files: dict[str, bytes]) -> Path:
@@ -375,8 +376,9 @@ def test_names_in_a_zip_are_what_was_typed_or_it_is_refused(twelve, tmp_path):
             assert {name.split("/")[1] for name in names if "/" in name} == {label, "b"}
         else:
             assert "names in" in refusal(archive, tmp_path / "x")
-    archive = pack(tmp_path / "old.tar", {"\udcb2/1.jpg": b"x"})
-    assert "are not Unicode; unpack it by hand" in refusal(archive, tmp_path / "x")
+    if sys.platform != "darwin":  # which refuses to write such a name
+        archive = pack(tmp_path / "old.tar", {"\udcb2/1.jpg": b"x"})
+        assert "are not Unicode; unpack it by hand" in refusal(archive, tmp_path / "x")
 
 
 def test_a_python_that_cannot_unpack_safely_says_what_to_do(twelve, tmp_path, monkeypatch):
@@ -430,7 +432,7 @@ def test_output_and_source_do_not_meet(twelve, tmp_path, monkeypatch):
     split(twelve, tmp_path / "data")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
-    (tmp_path / "gone").symlink_to("nowhere")
+    link(tmp_path / "gone", "nowhere")
     before = contents(tmp_path)
     for output in ("photos/../photos", "photos/data", ".", "mine", "mine/thesis.txt", "gone", "/"):
         message = error_of(split_data.main, "--source", "photos", "--output", output)
@@ -448,7 +450,7 @@ def test_an_empty_output_folder_is_used_or_stays_as_it_is(twelve, tmp_path):
     assert split(twelve, tmp_path / "x" / "y" / "z") == files and len(files) == 23
     (tmp_path / "other").mkdir()
     assert "0 classes" in refusal(twelve / "a", tmp_path / "other")
-    (tmp_path / "link").symlink_to("other")
+    link(tmp_path / "link", "other")
     assert split(twelve, tmp_path / "link") == files == contents(tmp_path / "other")
 
 
