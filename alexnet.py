@@ -546,7 +546,7 @@ def load_classes(weights: Path, net: AlexNet) -> list[str]:
     except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
         classes = []  # it is missing, or no such file
     if len(classes) != n:
-        way = "put back the one that train.py wrote"
+        way = "put back the one that train.py wrote, or remove it and run train.py --resume"
         raise InputError(f"{path} does not name the {n} classes of {weights}; {way}")
     return classes
 
