@@ -917,9 +917,16 @@ def best_epoch(history: list[dict[str, float]]) -> dict[str, float]:
 # ----- files
 def save_weights(run: Run) -> None:
     """Write the best weights, if that was not done yet."""
+    output = run.args.output
     if run.unsaved:
-        with replacing(run.args.output / "AlexNet.pth") as file:
+        with replacing(output / "AlexNet.pth") as file:
             torch.save(run.unsaved, file)
+            # They may not lie beside files of a run that --overwrite replaces, not even after a
+            # kill; and while the disk may turn out to be full, that run stays whole.
+            if len(run.history) == 1 and not run.args.resume:
+                file.flush()
+                for name in ("last.pt", "class_idx.json"):
+                    (output / name).unlink(missing_ok=True)
         run.unsaved = None
 
 
@@ -929,10 +936,6 @@ def save_checkpoint(run: Run) -> None:
     After a kill between them, --resume repeats the epochs since the last save.
     """
     output, history = run.args.output, run.history
-    # No kill may leave these weights beside files of the run that --overwrite replaces.
-    if len(history) == 1 and not run.args.resume:
-        for name in ("last.pt", "class_idx.json"):
-            (output / name).unlink(missing_ok=True)
     save_weights(run)
     names = json.dumps(dict(enumerate(run.train_set.classes)), indent=1)
     with replacing(output / "class_idx.json") as file:

@@ -916,6 +916,13 @@ def test_a_full_disk_is_one_line_and_leaves_whole_files(two, few, tmp_path, monk
     assert {path.name for path in output.iterdir()} == FILES and not [*data.glob("*.npy*")]
 
 
+def test_a_full_disk_while_overwriting_leaves_the_earlier_run(two, few, tmp_path):
+    output = shutil.copytree(two, tmp_path / "run")
+    with full_disk(10**6):
+        assert "too large" in refusal(few, output, "--overwrite", "--seed", "1")
+    assert contents(output) == contents(two)
+
+
 def test_curves_mark_the_best_epoch_and_the_largest_class():
     names = ("epoch", "val_accuracy", "val_loss", "train_accuracy", "train_loss")
     columns = (range(1, 5), [0.2, 0.5, 0.7, 0.9], [3, 5, 1, 4], [0.4] * 4, [6] * 4)
