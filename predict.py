@@ -65,6 +65,7 @@ def main(argv: list[str] | None = None) -> int:
         net.to(device, memory_format=alexnet.pick_layout(device))
 
         files = [file for path in args.photos for file in files_of(path)]
+        files = list(dict.fromkeys(files))  # a photo may be given itself and in a folder
         training = files_of(args.similar) if args.similar else []
         check_figures(args, [*files, *training, args.weights])
 
@@ -124,6 +125,7 @@ def predict(
     net: AlexNet, classes: list[str], files: list[Path], args: Namespace
 ) -> Iterator[Answer]:
     """Answer photo by photo, in the order of the files."""
+    given = set(args.photos)
     for paths, images in read_batches(files, net):
         probabilities = alexnet.predict_probabilities(net, images, args.views == "ten")
         best = probabilities.cpu().topk(min(args.top_k, len(classes)))
@@ -134,21 +136,20 @@ def predict(
                 for i, p in zip(indices[number], values[number], strict=True)
             ]
             answer = {"path": str(path), **top[0], "top": top}
-            if true_class := true_class_of(path, args.photos, classes):
+            if true_class := true_class_of(path, given, classes):
                 answer["true_class"] = true_class
             yield answer
 
 
-def true_class_of(path: Path, given: list[Path], classes: list[str]) -> str | None:
+def true_class_of(path: Path, given: set[Path], classes: list[str]) -> str | None:
     """The innermost folder named like a class, up to the one given; of a photo given, its own."""
-    names = []
     for folder in path.parents:
-        names.append(alexnet.class_of(os.path.basename(os.path.abspath(folder))))
-        if folder in given:
+        name = alexnet.class_of(os.path.basename(os.path.abspath(folder)))
+        if name in classes:
+            return name
+        if folder in given or path in given:
             break
-    else:
-        names = names[:1]
-    return next((name for name in names if name in classes), None)
+    return None
 
 
 @torch.inference_mode()
@@ -162,10 +163,12 @@ def find_similar(net: AlexNet, answers: list[Answer], training: list[Path]) -> l
     # (distance, path) of the nearest so far to each photo; one more, as it may be among them.
     found: list[list[tuple[float, Path]]] = [[] for _ in answers]
     for paths, images in read_batches(training, net):
-        # Not by a matrix product, which would lose small distances.
+        hidden = hidden_of(net, images)
+        # Not by a matrix product, which would lose small distances. A few at a time, as MPS keeps
+        # all differences in memory, 1 MB for each of the `queries`.
         mode = "donot_use_mm_for_euclid_dist"
-        distances = torch.cdist(queries, hidden_of(net, images), compute_mode=mode).tolist()
-        for nearest, row in zip(found, distances, strict=True):
+        distances = [torch.cdist(some, hidden, compute_mode=mode) for some in queries.split(64)]
+        for nearest, row in zip(found, torch.cat(distances).tolist(), strict=True):
             nearest += zip(row, paths, strict=True)
             nearest.sort(key=lambda item: item[0])
             del nearest[NEAREST + 1 :]
