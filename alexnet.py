@@ -261,21 +261,24 @@ def is_picture(path: Path) -> bool:
 def image_files(folder: Path) -> list[Path]:
     """The pictures in a folder; says on stderr what else is there."""
     files = visible_files(folder)
-    pictures = list(filter(is_picture, files))
-    if len(pictures) < len(files):
-        others = kinds_of(set(files).difference(pictures))
-        print(f"skipped, no pictures, in {folder}: {others}", file=sys.stderr)
-    return pictures
+    others = [path for path in files if not is_picture(path)]
+    if others:
+        print(f"skipped, no pictures, in {folder}: {kinds_of(others)}", file=sys.stderr)
+    return list(filter(is_picture, files))
 
 
 def kinds_of(files: Iterable[Path]) -> str:
     """How many there are of each suffix."""
-    kinds = Counter(path.suffix or path.name for path in files)
+    kinds = Counter(path.suffix or path.name for path in sorted(files))
     return listed([f"{n} {kind}" for kind, n in kinds.most_common()])
 
 
 def list_photos(folder: Path, files: list[Path]) -> list[str]:
-    """Which of the `files` in `folder` are photos, as CLASS/.../NAME; prints what else is there."""
+    """Which of the `files` in `folder` are photos, as CLASS/.../NAME; prints what else is there.
+
+    Raises InputError where two classes have one name.
+    """
+    here = folder.resolve().name  # that of "." is empty
     photos = [path for path in files if is_picture(path) and path.parent != folder]
     names = [path.relative_to(folder).as_posix() for path in photos]
 
@@ -283,11 +286,11 @@ def list_photos(folder: Path, files: list[Path]) -> list[str]:
     folders = {path.name for path in filter(os.path.isdir, folder.iterdir()) if path.name[0] != "."}
     empty = sorted(folders - classes - SYSTEM)
     if empty:
-        print(f"no photos in these folders of {folder.name}: {listed(empty)}")
+        print(f"no photos in these folders of {here}: {listed(empty)}")
 
     others = set(files).difference(photos)
     if others:
-        print(f"skipped, no photos in a class folder, in {folder.name}: {kinds_of(others)}")
+        print(f"skipped, no photos in a class folder, in {here}: {kinds_of(others)}")
 
     # Names that differ in case or composition are one folder on Windows or macOS.
     spellings = Counter(class_of(label).casefold() for label in classes)
@@ -317,7 +320,7 @@ def read_image(path: Path) -> Image.Image:
             image.load()
             with contextlib.suppress(Exception):  # where the EXIF alone is broken
                 ImageOps.exif_transpose(image, in_place=True)
-            if image.mode[0] in "FI":
+            if image.mode[0] in "FI":  # F, I, I;16: more than 8 bits
                 image = to_8_bits(image)
             # An alpha channel of zeros alone is an unused byte, as in some BMP files.
             unused = "A" in image.getbands() and image.getchannel("A").getextrema() == (0, 0)
@@ -386,7 +389,13 @@ class InputError(Exception):
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether memory ran out, of the host or of a device, by whatever type of error."""
-    signs = ("out of memory", "ALLOC_FAILED", "can't allocate memory", "not enough memory")
+    signs = (
+        "out of memory",
+        "ALLOC_FAILED",
+        "can't allocate memory",
+        "not enough memory",
+        "Invalid buffer size",  # on MPS
+    )
     return isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)
 
 
@@ -420,15 +429,16 @@ def one_line_errors(out_of_memory: str = "close other programs") -> Iterator[Non
 
 
 def pick_device(name: str) -> torch.device:
-    """The device, made ready; "auto" is CUDA or MPS where there is one, else the CPU.
+    """The device, made ready; "auto" is torch's accelerator, CUDA or MPS, or else the CPU.
 
     It has its index, which torch.cuda.set_device needs.
     """
     if name == "auto":
         name = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     try:
-        probe = torch.ones(1, device=name)
-        probe.add_(1).item()  # this fails on a card for which this torch has no code
+        probe = torch.ones(1, 1, 1, 1, device=name)
+        # This fails on a card for which this torch, or its cuDNN, has no code.
+        F.conv2d(probe, probe).add_(1).item()
     except Exception as error:  # of almost any type
         reason = str(error).split("\n")[0]
         raise InputError(f"--device {name}: {reason}; --device cpu works everywhere") from error
@@ -449,9 +459,12 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
         if major == 7:  # Volta and Turing
             return torch.float16
         return torch.bfloat16 if major >= 8 else torch.float32
-    if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # from torch 2.11 on
+    # get_capabilities came with torch 2.11. Builds for Macs lack oneDNN (mkldnn), without which
+    # bfloat16 is slower than float32.
+    tells = hasattr(torch.cpu, "get_capabilities") and torch.backends.mkldnn.is_available()
+    if device.type == "cpu" and tells:
         has = torch.cpu.get_capabilities()
-        if has.get("avx512_bf16") or has.get("amx_bf16") or has.get("bf16"):
+        if any(map(has.get, ("avx512_bf16", "amx_bf16", "bf16"))):
             return torch.bfloat16
     return torch.float32
 
@@ -479,10 +492,12 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         replace_file(partial, path)
-    except (OSError, RuntimeError) as error:  # torch.save turns an OSError into a RuntimeError
+    except (OSError, RuntimeError) as error:
         if is_out_of_memory(error):
             raise
-        raise OSError(f"{path} cannot be written: {error.__context__ or error}") from error
+        # torch.save hides an OSError behind a RuntimeError.
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error
+        raise OSError(f"{path} cannot be written: {cause}") from error
     finally:
         partial.unlink(missing_ok=True)
 

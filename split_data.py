@@ -67,18 +67,19 @@ def main(argv: list[str] | None = None) -> int:
 
 def split(args: Namespace, scratch: Path, output: Path) -> None:
     """Find the photos, check them, draw their sides, and copy them there."""
+    # folder: where the files lie; shown: its name for the user; source: where the classes are.
     folder = shown = args.source
     if not folder.is_dir():
         folder = unpack(args.source, scratch / "photos")
-        shown = args.source.with_suffix("")  # where the user would unpack it
+        # Where the user would unpack it.
+        shown = Path(str(args.source.with_suffix("")).removesuffix(".tar"))
     files = alexnet.visible_files(folder)
     pictures = list(filter(alexnet.is_picture, files))
     source = find_classes(folder, pictures)
     shown /= source.relative_to(folder)
     if source != folder and shown.exists():  # of an archive this is no surprise
         print(f"the classes are the folders in {shown}")
-    outside = [path for path in files if source not in path.parents]
-    others = [path for path in outside if not alexnet.is_picture(path)]
+    others = [path for path in files if source not in path.parents and not alexnet.is_picture(path)]
     if others:  # find_classes() names the pictures
         print(f"skipped, outside {shown}: {alexnet.kinds_of(others)}")
 
@@ -187,7 +188,7 @@ def find_classes(folder: Path, pictures: list[Path]) -> Path:
             return folder
         loose = places.count(())
         if loose:
-            print(f"skipped, in no folder of a class: {loose} photos in {folder.name}")
+            print(f"skipped, in no folder of a class: {loose} photos in {folder.resolve().name}")
         places = [place[1:] for place in places if place]
         folder /= inner.pop()
 
@@ -205,9 +206,10 @@ def check_classes(photos: list[str], folder: Path, hint: str) -> None:
     sides = list(filter(SIDE.fullmatch, folders_in))
     train = next((side for side in sides if side.lower().startswith("train")), None)
     held_out = [side for side in sides if side != train]
-    if train and held_out and not folders_in[train]:
-        raise InputError(f"{folder} holds {train} and {held_out[0]}, which are no classes; {way}")
     if train and held_out:
+        if not folders_in[train]:
+            found = f"{folder} holds {train} and {held_out[0]}, which are no classes"
+            raise InputError(f"{found}; {way}")
         do = f"`--source {quoted(folder / train)}` splits that, predict.py tests on {held_out[0]}"
         if train == "train" and set(held_out).intersection(alexnet.VAL_FOLDERS):
             do = f"`python train.py --data {quoted(folder)}` takes it as it is"
@@ -278,7 +280,7 @@ def assign_sides(digests: dict[str, str], rates: dict[str, float], seed: int) ->
             sides += [side] * max(1, int(len(different) * rate + 1e-9))
         if len(drawn) <= len(sides):
             too_few.append(f"{label} ({len(drawn)})")
-        sides += ["train"] * len(drawn)
+        sides += ["train"] * len(drawn)  # more than are left; zip stops after the last photo
         side_of.update(zip(drawn, sides, strict=False))
     if too_few:
         found = f"too few different photos for every side: {listed(too_few)}"

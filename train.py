@@ -331,7 +331,8 @@ class Photos:
         self.files = [folder / name for name in names]
         self.classes = classes or sorted(set(labels))
         if len(self.classes) < 2 or not names:
-            raise InputError(f"{folder} has photos of {len(set(labels))} classes, and 2 are needed")
+            found = f"{folder} has photos of {len(set(labels))} classes"
+            raise InputError(f"{found}; train needs 2, val needs 1")
         if unknown := sorted(set(labels).difference(self.classes)):
             way = "remove it, or put photos of it into train"
             raise InputError(f"{folder} has a class that train lacks, {listed(unknown)}: {way}")
@@ -346,7 +347,8 @@ class Photos:
         self.digest = hashlib.sha256(repr(sizes).encode()).hexdigest()
 
         # The name of the file of decoded photos tells their times and the decoder, too. Whoever
-        # edits a photo may set its mtime back, but not its ctime.
+        # edits a photo may set its mtime back, but not its ctime (which on Windows is the time of
+        # its creation).
         times = [(stat.st_mtime_ns, stat.st_ctime_ns) for stat in stats]
         facts = repr([alexnet.READER, self.digest, times])
         version = hashlib.sha256(facts.encode()).hexdigest()[:12]
@@ -390,7 +392,7 @@ def open_photos(args: Namespace) -> tuple[Photos, Photos]:
     val_folder = next(filter(Path.is_dir, folders), folders[0])
     val_set = Photos(val_folder, train_set.classes)
 
-    # Process 0 decodes; the others wait for it, and then open what it wrote.
+    # Process 0 decodes; the others wait here until it has done so, and then open what it wrote.
     if get_rank() > 0:
         wait_for_others()
     problems = []  # of both, so that the user sees all at once
@@ -402,7 +404,7 @@ def open_photos(args: Namespace) -> tuple[Photos, Photos]:
     if problems:
         raise InputError("; ".join(problems))
     if get_rank() == 0:
-        wait_for_others()
+        wait_for_others()  # who now may go on
     return train_set, val_set
 
 
@@ -486,6 +488,7 @@ class Run:
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
 
         self.history: list[dict[str, float]] = []  # a row for each epoch
+        self.epochs_saved = 0  # of which last.pt knows
         self.best_loss = math.inf  # the val loss of the best weights
         self.unsaved: dict[str, Tensor] | None = None  # the best weights, if not yet written
 
@@ -585,6 +588,7 @@ def resume(run: Run, checkpoint: dict[str, Any]) -> None:
         for p, state in run.optimizer.state.items():
             state["momentum_buffer"] = torch.empty_like(p).copy_(state["momentum_buffer"])
         run.history = list(checkpoint["history"])
+        run.epochs_saved = len(run.history)
     except Exception as error:  # a foreign file may raise any type
         if alexnet.is_out_of_memory(error):
             raise
@@ -625,7 +629,6 @@ def best_network(run: Run) -> AlexNet:
 # ----- training (section 5)
 def train(run: Run) -> None:
     """Train epoch by epoch to the end of the run, and save it from time to time."""
-    epochs_saved = len(run.history)
     next_save = 0.0  # by time.perf_counter()
     print(HEADER)
     try:
@@ -661,7 +664,7 @@ def train(run: Run) -> None:
 
             if get_rank() == 0 and time.perf_counter() > next_save and not is_over(run):
                 save_checkpoint(run)
-                epochs_saved, next_save = epoch, time.perf_counter() + SAVE_PAUSE
+                next_save = time.perf_counter() + SAVE_PAUSE
         if len(run.history) < run.args.epochs:
             print(f"ended: {why_over(run)}")
         if get_rank() == 0:
@@ -670,12 +673,12 @@ def train(run: Run) -> None:
         if get_rank() > 0:
             raise
         left = "no epoch of this run is saved yet"
-        if epochs_saved:
-            left = f"--resume goes on after epoch {epochs_saved}"
+        if run.epochs_saved:
+            left = f"--resume goes on after epoch {run.epochs_saved}"
         raise KeyboardInterrupt(left) from None
     finally:
         # Until the first save, last.pt may be of the run that --overwrite is to replace.
-        if get_rank() == 0 and epochs_saved:
+        if get_rank() == 0 and run.epochs_saved:
             save_weights(run)
 
 
@@ -733,7 +736,7 @@ def train_one_batch(run: Run, batch: Tensor) -> Tensor:
     if run.device.type == "cpu":  # 64 photos at once are as fast as more, in less memory
         pieces = max(pieces, math.ceil(len(images) / 64))
 
-    # Around all pieces and their backward passes, so that the weights are cast once.
+    # Around all pieces and their backward passes, so that on a CPU the weights are cast once.
     with run.autocast:
         for x, y in zip(images.tensor_split(pieces), targets.tensor_split(pieces), strict=True):
             logits = run.net(x).float()
@@ -770,7 +773,7 @@ def make_batch(run: Run, indices: Tensor) -> tuple[Tensor, Tensor]:
     # or fewer to mix, all get CutMix.
     n_mixed = round(len(indices) * strength * args.mix)
     n_cutmix = math.ceil(n_mixed / 2) if n_mixed > 3 else n_mixed
-    if n_mixed:
+    if n_mixed:  # else both would draw random numbers for nothing
         for mix, part in ((CUTMIX, slice(n_cutmix)), (MIXUP, slice(n_cutmix, n_mixed))):
             images[part], targets[part] = mix(images[part], targets[part])
     return images, targets
@@ -869,16 +872,18 @@ def lower_rate_where_val_stalls(run: Run) -> None:
         return
     run.scheduler.step(run.history[-1]["val_loss"])
 
-    # A lower rate gains a lot in few epochs, so it has to come before the last of them.
-    last_epochs = range(round(FIRST_DROP_BY * run.args.epochs), run.args.epochs)
-    if epochs_done in last_epochs and run.lr == run.args.lr:
+    # A lower rate gains a lot in few epochs, so it has to come before the last of them, even if
+    # val has not stalled, and the rate is still --lr.
+    drop_by = round(FIRST_DROP_BY * run.args.epochs)
+    if drop_by <= epochs_done < run.args.epochs and run.lr == run.args.lr:
         run.lr /= 10
         run.scheduler.num_bad_epochs = 0
 
 
 def is_over(run: Run) -> bool:
     """Whether all epochs are done, or the rate fell once more than MAX_LR_DROPS."""
-    # Between the rate after the last allowed drop and after one more, so rounding cannot matter.
+    # `end` lies between the rates after the last allowed drop and after one more, so that rounding
+    # cannot matter.
     end = run.args.lr * 0.1 ** (MAX_LR_DROPS + 0.5)
     return len(run.history) >= run.args.epochs or run.lr < end
 
@@ -931,7 +936,7 @@ def save_weights(run: Run) -> None:
 
 
 def save_checkpoint(run: Run) -> None:
-    """Write new best weights and the names of the classes, then last.pt.
+    """Write new best weights and the names of the classes, then last.pt, history and curves.
 
     After a kill between them, --resume repeats the epochs since the last save.
     """
@@ -942,13 +947,15 @@ def save_checkpoint(run: Run) -> None:
         file.write(names.encode())
     with replacing(output / "last.pt") as file:
         torch.save(run.state_dict(), file)
+    run.epochs_saved = len(history)
 
     # These are of an earlier run, or of this one before it went on.
     for name in ("run.json", "kernels.png"):
         with contextlib.suppress(OSError):
             (output / name).unlink()
 
-    rows = [list(history[-1])] + [[f"{x:.6g}" for x in row.values()] for row in history]
+    header = list(history[-1])
+    rows = [header, *([f"{x:.6g}" for x in row.values()] for row in history)]
     try:
         with replacing(output / "history.csv") as file:
             file.writelines(f"{','.join(row)}\n".encode() for row in rows)
@@ -1063,7 +1070,8 @@ def loss_and_accuracy(totals: Tensor, n: int, where: str) -> tuple[float, float]
     # Divided in float64, as in float32 3 / 5 is more than a class's share of 0.6.
     loss, accuracy = (total / n for total in totals.tolist())
     if not math.isfinite(loss):
-        raise InputError(f"the loss is not finite ({where}); start with a lower --lr")
+        way = "start with a lower --lr; on an older card, with --precision float32"
+        raise InputError(f"the loss is not finite ({where}); {way}")
     return loss, accuracy
 
 

@@ -376,6 +376,11 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, write):
         assert path.read_bytes() == b"old"
     assert path.read_bytes() == b"new" and os.listdir(tmp_path) == [path.name]
     assert path.name in str(caught.value)
+    try:
+        raise KeyboardInterrupt("goes on")  # which the error that follows does not have as cause
+    except KeyboardInterrupt:
+        with pytest.raises(OSError, match=r"x.pt cannot be written: .*No such file"):
+            alexnet.replacing(tmp_path / "missing" / "x.pt").__enter__()
 
 
 def test_out_of_memory_while_writing_is_not_called_a_disk_s_fault(tmp_path):

@@ -772,6 +772,14 @@ def test_overwriting_keeps_a_run_until_an_epoch_is_whole(two, few, tmp_path, mon
     assert (output / "AlexNet.pth").read_bytes() != (two / "AlexNet.pth").read_bytes()
 
 
+def test_stopping_while_curves_are_drawn_names_the_epoch_saved(few, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train.Figure, "savefig", Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(SystemExit) as caught:
+        run_train(few, tmp_path)
+    assert caught.value.code == 130
+    assert capsys.readouterr().err.endswith("--resume goes on after epoch 1\n")
+
+
 def test_a_kill_while_overwriting_mixes_no_two_runs(two, few, tmp_path, monkeypatch):
     class Kill(BaseException):
         pass
@@ -1008,6 +1016,9 @@ def test_the_precision_is_half_where_the_cpu_has_it(monkeypatch):
             torch.cpu.get_capabilities.cache_clear()
             assert alexnet.pick_precision("auto", CPU) == expected
             assert alexnet.pick_precision("float32", CPU) == torch.float32
+            with monkeypatch.context() as build:  # one for Macs
+                build.setattr(torch._C, "_has_mkldnn", False)
+                assert alexnet.pick_precision("auto", CPU) == torch.float32
         torch.cpu.get_capabilities.cache_clear()
         monkeypatch.delattr(torch.cpu, "get_capabilities")
     assert alexnet.pick_precision("auto", CPU) == torch.float32  # this torch cannot tell
