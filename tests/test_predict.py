@@ -78,7 +78,8 @@ def test_one_photo_is_answered_by_ten_views_and_drawn(answer, trained, photo):
 
 
 def test_json_gives_one_object_a_line_in_the_order_of_the_files(answer, trained, data, photo):
-    files = [*alexnet.image_files(data / "val"), photo]  # in a table equal photos are neighbours
+    others = [path for path in alexnet.image_files(data / "val") if path != photo]
+    files = [*others, photo]
     status, out, err = answer(*files, "--json", "--views", "center", "--top-k", "2")
     assert (status, err) == (0, "") and not list(Path().iterdir())  # nothing is drawn
     answers = [json.loads(line) for line in out.splitlines()]
@@ -214,7 +215,8 @@ def test_of_many_photos_the_24_most_doubtful_are_drawn(answer, data, monkeypatch
     drawn = []
     draw = predict.draw_answers
     monkeypatch.setattr(predict, "draw_answers", lambda x: drawn.append(draw(x)) or drawn[0])
-    _, out, _ = answer(data, data / "train", "--save", "grid.pdf")
+    shutil.copytree(data / "train", "more")
+    _, out, _ = answer(data, "more", "--save", "grid.pdf")
     titles = [axis.get_title() for axis in drawn[0].axes if axis.images]
     assert titles == re.findall(r"\d+\.jpg", out)[:24]
     assert Path("grid.pdf").read_bytes().startswith(b"%PDF")
@@ -226,7 +228,8 @@ def test_a_window_opens_for_named_photos_and_never_for_a_folder(answer, photo, m
     monkeypatch.setattr(pyplot, "show", lambda: shown.append(pyplot.gcf()))
     canvas = pyplot.figure().canvas
     monkeypatch.setattr(type(canvas), "required_interactive_framework", "a display")
-    for photos, n_drawn in (([photo], [1]), ([photo, photo], [2]), ([photo.parent, photo], [])):
+    two, folder = alexnet.image_files(photo.parents[1])[:2], [photo.parent, photo]
+    for photos, n_drawn in (([photo], [1]), (two, [2]), (folder, [])):
         shown.clear()
         assert answer(*photos, "--views", "center")[0] == 0
         assert [sum(len(axis.images) for axis in figure.axes) for figure in shown] == n_drawn
