@@ -61,7 +61,7 @@ FIRST_DROP_BY = 0.8  # of --epochs; then the rate is divided by 10, if val has n
 MAX_LR_DROPS = 3  # the rate may be divided by 10 so often (section 5); the next drop ends the run
 AVERAGE_EVERY = 8  # steps between updates of the average; at every step it costs 3 % on a CPU
 FEW_PHOTOS = 50  # per class; 20 taught this network little more than to guess, 100 much more
-RUN_VERSION = 2  # of last.pt; raise it when the code would go on with an old run differently
+RUN_VERSION = 3  # of last.pt; raise it when the code would go on with an old run differently
 SAVE_PAUSE = 60  # seconds between saves: on a GPU, an epoch may take less time than saving
 
 # What --recipe paper sets. It also initialises the weights as the paper did, and only subtracts the
@@ -182,8 +182,8 @@ def parse_args(argv: list[str] | None, kept: dict[str, Any] | None = None) -> Na
         "--patience",
         type=number_within(0, 2**20),
         default=10,
-        help="epochs without a 1 %% lower val loss before lr is divided by 10; the first time, that"
-        " comes after 4/5 of --epochs at the latest",
+        help="epochs without a 1 %% lower val loss, at full strength, before lr is divided by 10;"
+        " the first time, that comes after 4/5 of --epochs at the latest",
     )
     add(
         "--crop-area",
@@ -870,7 +870,8 @@ def lower_rate_where_val_stalls(run: Run) -> None:
     epochs_done = len(run.history)
     if epochs_done <= WARMUP_EPOCHS or is_guessing(run):
         return
-    run.scheduler.step(run.history[-1]["val_loss"])
+    if run.strength == 1:  # while the photos get harder, val may stall by that
+        run.scheduler.step(run.history[-1]["val_loss"])
 
     # A lower rate gains a lot in few epochs, so it has to come before the last of them, even if
     # val has not stalled, and the rate is still --lr.

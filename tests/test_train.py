@@ -556,6 +556,7 @@ def rates_of(
     patch: pytest.MonkeyPatch,
     n_large: int = 12,
     first_drop_by: float = 1.0,
+    recipe: str = "default",
 ) -> list[float]:
     """Learning rates by epoch, given loss and accuracy on 20 photos, n_large of one class."""
     labels, report = (torch.arange(20) >= n_large).long(), Mock()
@@ -567,7 +568,8 @@ def rates_of(
     patch.setattr(train, "save_checkpoint", Mock())
     patch.setattr(train, "report", report)
     patch.setattr(train, "FIRST_DROP_BY", first_drop_by)
-    run_train(folder, folder, "--patience", "2", "--epochs", str(len(results)))
+    options = ("--recipe", recipe, "--patience", "2", "--epochs", str(len(results)))
+    run_train(folder, folder, *options)
     return [row["lr"] for row in report.call_args.args[0].history]
 
 
@@ -592,6 +594,13 @@ def test_the_rate_drops_where_the_loss_stalls_and_a_plateau_is_told(tmp_path, mo
     for results, n in (([stuck] * 5, 0), ([stuck] * 9, 1), ([*[stuck] * 5, learning, stuck], 0)):
         rates_of(results, tmp_path, monkeypatch)
         assert capsys.readouterr().out.count("hint: nothing is learnt") == n
+
+
+def test_a_stall_counts_once_the_photos_get_no_harder(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "RAMP_EPOCHS", 6)
+    for recipe, n_high in (("default", 9), ("paper", 7)):  # the paper's are as hard from the start
+        rates = rates_of([(0.5, 0.9)] * 10, tmp_path, monkeypatch, recipe=recipe)
+        assert rates == pytest.approx([0.01] * n_high + [0.001] * (10 - n_high))
 
 
 def test_the_rate_falls_after_four_fifths_of_the_epochs_if_it_has_not_before(tmp_path, monkeypatch):
